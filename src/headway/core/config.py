@@ -1,0 +1,108 @@
+"""The scheduler's settings, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from headway.core.errors import ConfigError
+from headway.core.policy import SchedulingPolicy, make_policy
+
+__all__ = ["PreemptionMode", "SchedulerConfig"]
+
+
+class PreemptionMode(Enum):
+    """How those who are outranked may be made to yield.
+
+    Slots and step time are always taken by pausing: the victim sits the step out and keeps its
+    blocks. The modes differ in what happens when *blocks* are short.
+    """
+
+    #: A waiting request displaces nobody (as in vLLM); one that runs and cannot grow takes
+    #: the last-ranked one's blocks, which recomputes.
+    NONE = "none"
+    #: A waiting request takes slots, never blocks; growing as in ``NONE``.
+    PAUSE = "pause"
+    #: As many blocks as are needed, from the victim's end; it recomputes those.
+    TAIL = "tail"
+    #: All of the victim's blocks, copied to the swap space (recomputed where that is full).
+    SWAP = "swap"
+    #: All of the victim's blocks; it recomputes what the prefix cache has lost meanwhile.
+    RECOMPUTE = "recompute"
+    #: As many blocks as are needed, swapped or recomputed: what the cost model says is cheaper.
+    AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Budgets and rules of a ``PriorityScheduler``.
+
+    Attributes:
+        max_num_seqs: requests in a step, at most (slots).
+        max_num_batched_tokens: tokens in a step, at most; bounds the prefill chunk.
+        num_blocks: KV blocks in the pool.
+        block_size: tokens in a block.
+        num_swap_blocks: blocks the swap space can hold.
+        max_model_len: longest context in tokens; None = what the pool can hold.
+        policy: a name (``fcfs``, ``priority``, ``aging``, ``deadline``) or a policy object.
+        preemption_mode: see ``PreemptionMode``; its value as a string will do.
+        enable_prefix_caching: find the blocks of equal prefixes and share them.
+        deterministic: a request's tokens never depend on what happened to it. Attention over
+            a generated token's keys differs in the last bits if they were computed by a
+            prefill instead of a decode step, so: generated tokens are recomputed one a step,
+            blocks that hold them are shared only with requests whose were generated at the
+            same positions, and no prefill chunk is a single token long. False recomputes
+            faster and shares more.
+        max_step_ms: no step is predicted to take longer; None = no bound.
+        eos_token_ids: the model's end tokens.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 512
+    num_blocks: int = 1024
+    block_size: int = 16
+    num_swap_blocks: int = 0
+    max_model_len: int | None = None
+    policy: str | SchedulingPolicy = "priority"
+    preemption_mode: PreemptionMode | str = PreemptionMode.AUTO
+    enable_prefix_caching: bool = True
+    deterministic: bool = True
+    max_step_ms: float | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        # Three tokens let a deterministic prefill avoid a chunk of one and a rest of one.
+        minimums = {
+            "max_num_seqs": 1,
+            "max_num_batched_tokens": 3 if self.deterministic else 1,
+            "num_blocks": 1,
+            "block_size": 1,
+            "num_swap_blocks": 0,
+        }
+        for name, minimum in minimums.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{name} is {value!r}, must be an integer of at least {minimum}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"max_model_len is {self.max_model_len}, must be at least 2")
+        if self.max_step_ms is not None and not 0 < self.max_step_ms < math.inf:
+            raise ConfigError(f"max_step_ms is {self.max_step_ms}, must be above 0")
+        try:
+            mode = PreemptionMode(self.preemption_mode)
+        except ValueError:
+            names = ", ".join(one.value for one in PreemptionMode)
+            raise ConfigError(
+                f"preemption_mode is {self.preemption_mode!r}, must be one of {names}"
+            ) from None
+        object.__setattr__(self, "preemption_mode", mode)
+        object.__setattr__(self, "policy", make_policy(self.policy))
+
+    @property
+    def max_request_tokens(self) -> int:
+        """The longest a request may get: the context, and what the whole pool holds."""
+        pool = self.num_blocks * self.block_size
+        return pool if self.max_model_len is None else min(pool, self.max_model_len)

@@ -1,0 +1,184 @@
+"""Who goes first, and who may displace whom: the ranking as static keys.
+
+A policy is two functions of a request, both evaluated once, when the request is added (or its
+priority changed). Keys do not change with time, so the heap never needs re-sorting; that
+includes ageing, because "priority minus waited time over τ" orders requests the same way at
+every instant: the clock cancels out of the comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from headway.core.errors import ConfigError
+from headway.core.request import Request
+
+__all__ = [
+    "POLICIES",
+    "AgingPolicy",
+    "DeadlinePolicy",
+    "FCFSPolicy",
+    "Key",
+    "PriorityPolicy",
+    "SchedulingPolicy",
+    "make_policy",
+    "may_preempt",
+]
+
+#: A rank: smaller goes first. The scheduler appends the order of arrival, so that all differ.
+Key = tuple[Any, ...]
+
+_NOBODY: Key = (math.inf,)
+
+
+@runtime_checkable
+class SchedulingPolicy(Protocol):
+    """The seam for further policies (fairness, say): any object with these three.
+
+    ``arrival_time`` of the request is set before either function is called. A policy may keep
+    state of its own, but must return the same key for the same request until it is re-ranked.
+    """
+
+    #: The name it is chosen by.
+    name: str
+
+    def key(self, request: Request) -> Key:
+        """The rank of ``request``; smaller goes first."""
+        ...
+
+    def threshold(self, request: Request) -> Key:
+        """While waiting, ``request`` may displace exactly those whose key is above this.
+
+        Never below ``key(request)``: nobody displaces somebody more urgent.
+        """
+        ...
+
+
+def may_preempt(a: Request, b: Request) -> bool:
+    """Whether ``a``, waiting, may take slots and blocks from ``b``; both must be ranked."""
+    return a.threshold < b.key
+
+
+class FCFSPolicy:
+    """First come, first served; nobody displaces anybody. The baseline."""
+
+    name = "fcfs"
+
+    def key(self, request: Request) -> Key:
+        return (request.arrival_time,)
+
+    def threshold(self, request: Request) -> Key:
+        return _NOBODY
+
+
+class PriorityPolicy:
+    """By priority, then arrival; only a strictly more urgent request displaces another."""
+
+    name = "priority"
+
+    def key(self, request: Request) -> Key:
+        return (request.priority, request.arrival_time)
+
+    def threshold(self, request: Request) -> Key:
+        return (request.priority, math.inf)
+
+
+class AgingPolicy:
+    """Priority that waiting improves: one level for every ``tau`` seconds.
+
+    The key is ``arrival + priority·τ``. Hence the starvation bound: a request of priority p is
+    overtaken only by requests of priority p′ < p that arrive less than (p − p′)·τ after it.
+
+    Args:
+        tau: seconds of waiting that are worth one level of priority; above 0.
+        margin: seconds by which a waiting request's key must be ahead before it displaces
+            another; None = τ/2, so that one level displaces at equal arrival, and a request
+            does not displace another over a blink. At least 0.
+    """
+
+    name = "aging"
+
+    def __init__(self, tau: float = 30.0, margin: float | None = None) -> None:
+        if not tau > 0 or not math.isfinite(tau):
+            raise ConfigError(f"tau is {tau} s, must be above 0")
+        self.tau = tau
+        self.margin = _checked_margin(tau / 2 if margin is None else margin)
+
+    def key(self, request: Request) -> Key:
+        assert request.arrival_time is not None
+        return (request.arrival_time + request.priority * self.tau,)
+
+    def threshold(self, request: Request) -> Key:
+        return (self.key(request)[0] + self.margin, math.inf)
+
+
+class DeadlinePolicy:
+    """Earliest deadline of the first token goes first (EDF).
+
+    A request that brings no deadline gets ``arrival + target`` of its priority.
+
+    Args:
+        ttft_targets: seconds until the first token is due, by priority.
+        default_target: the same for a priority that ``ttft_targets`` does not name.
+        margin: seconds by which a waiting request's deadline must be ahead before it
+            displaces another; at least 0.
+    """
+
+    name = "deadline"
+
+    def __init__(
+        self,
+        ttft_targets: Mapping[int, float] | None = None,
+        default_target: float = 60.0,
+        margin: float = 1.0,
+    ) -> None:
+        self.ttft_targets = dict(ttft_targets or {})
+        self.default_target = default_target
+        for target in (default_target, *self.ttft_targets.values()):
+            if not target >= 0 or not math.isfinite(target):
+                raise ConfigError(f"a TTFT target is {target} s, must be at least 0")
+        self.margin = _checked_margin(margin)
+
+    def _deadline(self, request: Request) -> float:
+        if request.deadline is not None:
+            return request.deadline
+        assert request.arrival_time is not None
+        return request.arrival_time + self.ttft_targets.get(request.priority, self.default_target)
+
+    def key(self, request: Request) -> Key:
+        return (self._deadline(request), request.arrival_time)
+
+    def threshold(self, request: Request) -> Key:
+        return (self._deadline(request) + self.margin, math.inf)
+
+
+#: The policies that can be chosen by name, with their defaults.
+POLICIES: dict[str, type[FCFSPolicy | PriorityPolicy | AgingPolicy | DeadlinePolicy]] = {
+    policy.name: policy for policy in (FCFSPolicy, PriorityPolicy, AgingPolicy, DeadlinePolicy)
+}
+
+
+def make_policy(policy: str | SchedulingPolicy) -> SchedulingPolicy:
+    """The policy of this name, or the policy itself.
+
+    Raises:
+        ConfigError: no policy has this name, or the object is no policy.
+    """
+    if isinstance(policy, str):
+        try:
+            return POLICIES[policy]()
+        except KeyError:
+            raise ConfigError(
+                f"scheduling policy is {policy!r}, must be one of {', '.join(POLICIES)}"
+            ) from None
+    if not isinstance(policy, SchedulingPolicy):
+        raise ConfigError(f"scheduling policy is {policy!r}, must have name, key and threshold")
+    return policy
+
+
+def _checked_margin(margin: float) -> float:
+    if not margin >= 0 or not math.isfinite(margin):
+        raise ConfigError(f"margin is {margin} s, must be at least 0")
+    return margin

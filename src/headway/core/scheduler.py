@@ -1,0 +1,803 @@
+"""Every step ranks all unfinished requests by one key and fills the step from the top.
+
+Whoever is not reached yields in the cheapest way that makes room. Priority, preemption,
+pausing and resuming, first come first served, ageing and deadlines are consequences of the
+ranking and of one reclaim ladder; there is no running phase and waiting phase with rules of
+their own.
+
+Two collections, each unfinished request in exactly one:
+
+- ``resident``: has blocks in the pool (RUNNING or PAUSED), sorted by key;
+- ``waiting_heap``: has none (WAITING, PREEMPTED or SWAPPED), a heap by key.
+
+A step is one merge of the two from the top, under four budgets: slots, tokens, blocks, time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import NamedTuple
+
+from headway.core.block_manager import BlockManager, BlockStatistics, hash_block
+from headway.core.config import PreemptionMode, SchedulerConfig
+from headway.core.cost_model import CostModel, StepFeatures
+from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong, UnknownRequest
+from headway.core.policy import SchedulingPolicy
+from headway.core.priority_queue import PriorityQueue
+from headway.core.request import MAX_PRIORITY, MIN_PRIORITY, Request, RequestStatus
+from headway.core.scheduler_output import Preemption, SchedulerOutput
+
+__all__ = ["PriorityScheduler", "SchedulerOutput", "SchedulerStatistics"]
+
+_KEY = attrgetter("key")
+_RUNNING, _PAUSED = RequestStatus.RUNNING, RequestStatus.PAUSED
+#: A deterministic prefill of which no chunk and no rest may be one token long gets by with
+#: chunks of three; see ``PriorityScheduler._chunk``.
+_SMALLEST_CHUNK = 3
+_DISPLACES_NOBODY = (float("inf"),)
+#: Modes that take a victim's blocks only as far as needed, from its end.
+_TAIL_MODES = frozenset({PreemptionMode.TAIL, PreemptionMode.AUTO})
+#: Modes in which a waiting request gets no blocks from residents.
+_BLOCKS_STAY = frozenset({PreemptionMode.NONE, PreemptionMode.PAUSE})
+
+
+class SchedulerStatistics(NamedTuple):
+    """A snapshot for metrics and live views; counts are of requests unless named otherwise."""
+
+    num_waiting: int
+    num_running: int
+    num_paused: int
+    num_swapped: int
+    num_preempted: int
+    num_finished: int
+    #: Times a request yielded, by ``PreemptionMode.value``.
+    preemptions: dict[str, int]
+    #: Tokens computed again after their blocks had been taken.
+    num_recomputed_tokens: int
+    blocks: BlockStatistics
+    num_swap_blocks_used: int
+
+
+class PriorityScheduler:
+    """Decides, step by step, which requests compute how many tokens, and who yields.
+
+    It reads no clock and does no I/O: times are arguments (seconds, on any clock that does not
+    run backwards; leave them out and time stands still). One thread at a time.
+
+    Args:
+        max_batch_size: slots; the short way to ``SchedulerConfig(max_num_seqs=…)``.
+        config: all settings.
+        cost_model: predicts step times; a fresh one by default.
+
+    ::
+
+        s = PriorityScheduler(max_batch_size=4)
+        s.add_request(PriorityRequest("a", priority=1, prompt="…", max_tokens=8))
+        batch = s.schedule()                      # run it, then:
+        s.update_from_output(batch, [42])
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        config: SchedulerConfig | None = None,
+        cost_model: CostModel | None = None,
+    ) -> None:
+        config = config or SchedulerConfig()
+        if max_batch_size is not None:
+            config = SchedulerConfig(**{**vars(config), "max_num_seqs": max_batch_size})
+        assert isinstance(config.preemption_mode, PreemptionMode)
+        assert isinstance(config.policy, SchedulingPolicy)
+        #: The settings; never change.
+        self.config = config
+        #: Maps requests to keys.
+        self.policy: SchedulingPolicy = config.policy
+        #: How blocks are taken.
+        self.mode: PreemptionMode = config.preemption_mode
+        #: Owns the block tables; a request has one exactly while it is resident.
+        self.block_manager = BlockManager(
+            config.num_blocks, config.block_size, config.enable_prefix_caching
+        )
+        #: Predicts what a step and a swap cost.
+        self.cost_model = cost_model or CostModel()
+        #: Unfinished requests without blocks in the pool, by key.
+        self.waiting_heap: PriorityQueue[Request] = PriorityQueue()
+        #: Unfinished requests with blocks in the pool, sorted by key.
+        self.resident: list[Request] = []
+        #: Every unfinished request by id: those of ``waiting_heap`` and of ``resident``.
+        self.requests: dict[str, Request] = {}
+        #: Swap slots that hold nothing, used from the end.
+        self._free_swap_slots = list(range(config.num_swap_blocks - 1, -1, -1))
+        #: Swap slots that the scheduled step still reads; free from the next step on, since
+        #: a step copies out before it copies in.
+        self._read_swap_slots: list[int] = []
+        #: The latest time it was told; never decreases.
+        self.now = 0.0
+        self._num_arrivals = 0
+        self._num_finished = 0
+        self._num_recomputed_tokens = 0
+        self._preemptions: Counter[PreemptionMode] = Counter()
+
+    # ------------------------------------------------------------------ requests in and out
+
+    def add_request(self, request: Request, now: float | None = None) -> None:
+        """Let a request wait for its turn. O(log n).
+
+        Its arrival is ``request.arrival_time`` where the caller has set one, else ``now``.
+
+        Raises:
+            DuplicateRequest: an unfinished request has its id.
+            RequestTooLong: the prompt leaves no room for one token in the context or the pool.
+            InvalidRequest: it was added before.
+        """
+        now = self._advance(now)
+        if request.request_id in self.requests:
+            raise DuplicateRequest(f"request id {request.request_id!r} is in use")
+        if request.status is not RequestStatus.WAITING or request.sequence >= 0:
+            raise InvalidRequest(
+                f"request {request.request_id!r} is {request.status.value}; add a fresh one"
+            )
+        self._check_length(request)
+        if request.arrival_time is None:
+            request.arrival_time = now
+        request.transitions.append((now, RequestStatus.WAITING))
+        self._enrol(request)
+        self.waiting_heap.push(request.request_id, request.key, request)
+
+    def fork(self, request_id: str, child: Request, now: float | None = None) -> None:
+        """Add ``child``, which shares the blocks of a resident request's computed tokens.
+
+        Nothing is computed twice: the child continues where the parent is (for ``n > 1`` and
+        beam search). A block that both would write is copied when the first of them does.
+
+        Args:
+            request_id: the parent.
+            child: fresh; its tokens must begin with those the parent has computed.
+
+        Raises:
+            UnknownRequest: no unfinished request has this id.
+            InvalidRequest: the parent holds no blocks, or the child's tokens differ.
+        """
+        now = self._advance(now)
+        parent = self._request(request_id)
+        computed = parent.num_computed_tokens
+        if parent.request_id not in self.block_manager.tables or not computed:
+            raise InvalidRequest(f"request {request_id!r} has computed nothing to share")
+        shares = child.token_ids[:computed] == parent.token_ids[:computed]
+        if not shares or child.num_tokens <= computed:
+            raise InvalidRequest(
+                f"request {child.request_id!r} does not continue the {computed} computed tokens "
+                f"of {request_id!r}"
+            )
+        if self.config.deterministic and child.num_prompt_tokens != parent.num_prompt_tokens:
+            raise InvalidRequest(
+                f"request {child.request_id!r} has {child.num_prompt_tokens} prompt tokens, must "
+                f"have the {parent.num_prompt_tokens} of {request_id!r} (deterministic)"
+            )
+        if child.request_id in self.requests:
+            raise DuplicateRequest(f"request id {child.request_id!r} is in use")
+        self._check_length(child)
+        child.arrival_time = parent.arrival_time
+        self._enrol(child)
+        manager = self.block_manager
+        child.block_table = manager.fork(parent.request_id, child.request_id)
+        manager.trim(child.request_id, manager.num_blocks_for(computed))
+        child.num_computed_tokens = computed
+        child.capacity = len(child.block_table) * manager.block_size
+        if computed % manager.block_size:
+            # Neither may write into the shared last block: both ask before their next token.
+            parent.capacity = child.capacity = computed
+        child.transition(_PAUSED, now)
+        self._insert_resident(child)
+
+    def abort(self, request_id: str, now: float | None = None) -> Request:
+        """End a request at once, wherever it is. O(log n) if it waits.
+
+        Raises:
+            UnknownRequest: no unfinished request has this id.
+        """
+        return self.finish(request_id, RequestStatus.FINISHED_ABORTED, now)
+
+    def finish(self, request_id: str, status: RequestStatus, now: float | None = None) -> Request:
+        """End a request with a finished ``status``; what it held is free at once.
+
+        Raises:
+            UnknownRequest: no unfinished request has this id.
+        """
+        assert status.is_finished
+        now = self._advance(now)
+        request = self._request(request_id)
+        self._finish(request, status, now)
+        return request
+
+    def preempt(self, request_id: str, now: float | None = None) -> None:
+        """Send a resident request back to the waiting heap, its tokens kept.
+
+        Its full blocks stay findable, so what is not overwritten meanwhile is not recomputed.
+
+        Raises:
+            UnknownRequest: no unfinished request has this id.
+            InvalidRequest: it holds no blocks.
+        """
+        now = self._advance(now)
+        request = self._request(request_id)
+        if request_id not in self.block_manager.tables:
+            raise InvalidRequest(f"request {request_id!r} is {request.status.value}, not resident")
+        self._evict(request, 0, PreemptionMode.RECOMPUTE, None, SchedulerOutput(), now)
+
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Change how urgent a request is, while it waits or runs. O(log n), O(n) if resident.
+
+        Raises:
+            UnknownRequest: no unfinished request has this id.
+            InvalidRequest: the priority is no int64.
+        """
+        request = self._request(request_id)
+        if (
+            isinstance(priority, bool)
+            or not isinstance(priority, int)
+            or not MIN_PRIORITY <= priority <= MAX_PRIORITY
+        ):
+            raise InvalidRequest(f"priority is {priority!r}, must be an int64")
+        is_resident = request_id in self.block_manager.tables
+        if is_resident:
+            self._remove_resident(request)
+        request.priority = priority
+        self._rank(request)
+        if is_resident:
+            self._insert_resident(request)
+        else:
+            self.waiting_heap.rekey(request_id, request.key)
+
+    # ------------------------------------------------------------------ a step
+
+    def schedule(self, now: float | None = None) -> SchedulerOutput:
+        """Fill one step from the top of the ranking.
+
+        O(residents + admitted·log waiting + blocks moved). Calling it again without
+        ``update_from_output`` in between decides the same again.
+        """
+        now = self._advance(now)
+        if self._read_swap_slots:
+            self._free_swap_slots.extend(self._read_swap_slots)
+            self._read_swap_slots.clear()
+        output = SchedulerOutput()
+        requests, counts = output.requests, output.num_scheduled_tokens
+        resident, waiting = self.resident, self.waiting_heap
+        slots = self.config.max_num_seqs
+        budget = self.config.max_num_batched_tokens
+        time = _TimeBudget(self.cost_model, self.config.max_step_ms)
+        is_timed = time.limit_ms is not None
+        prefill_tokens = context_tokens = 0
+        # The next waiting request; None once one of those above could not get what it needs:
+        # nobody ranked below may be admitted to what it is waiting for.
+        head = waiting.peek() if waiting else None
+        index = 0
+        while slots and budget:
+            if head is not None and (index == len(resident) or head.key < resident[index].key):
+                has_room = self._has_room_to_start(head, budget, time, is_first=not requests)
+                if not has_room or not self._admit(head, index, slots, output, now):
+                    head = None
+                    continue
+                head = waiting.peek() if waiting else None
+            elif index == len(resident):
+                break
+            request = resident[index]
+            index += 1
+            num_tokens = len(request.token_ids)
+            if num_tokens > request.capacity:
+                if not self._extend(request, index, output, now):
+                    self._pause(request, output, now)
+                    head = None
+                    continue
+                if head is not None:
+                    head = waiting.peek()  # a victim may be the first of those who wait now
+            computed = request.num_computed_tokens
+            count = num_tokens - computed
+            if count > 1:
+                count = self._chunk(request, count, budget)
+            if is_timed:
+                affordable = time.affordable(count, computed, is_first=not requests)
+                if affordable < count:
+                    count = self._chunk(request, count, affordable)
+                time.spend(count, computed)
+            if not count:
+                self._pause(request, output, now)
+                if is_timed:
+                    break
+                continue
+            if count > 1:
+                prefill_tokens += count
+            else:
+                context_tokens += computed
+            if request.status is not _RUNNING:
+                self._resume(request, now)
+            requests.append(request)
+            counts.append(count)
+            slots -= 1
+            budget -= count
+        for request in resident[index:]:
+            self._pause(request, output, now)
+        output.num_batched_tokens = self.config.max_num_batched_tokens - budget
+        output.features = StepFeatures(
+            prefill_tokens, output.num_batched_tokens - prefill_tokens, context_tokens
+        )
+        return output
+
+    def update_from_output(
+        self,
+        output: SchedulerOutput,
+        sampled_token_ids: Sequence[int | None],
+        now: float | None = None,
+    ) -> list[Request]:
+        """Take in what the executor computed; returns the requests that this finished.
+
+        Args:
+            output: what ``schedule`` returned.
+            sampled_token_ids: parallel to it; None where nothing was sampled. Requests that
+                were aborted or preempted since are passed over.
+        """
+        now = self._advance(now)
+        block_size = self.config.block_size
+        finished = []
+        for request, count, token_id in zip(
+            output.requests, output.num_scheduled_tokens, sampled_token_ids, strict=True
+        ):
+            if request.status is not _RUNNING:
+                continue
+            computed = request.num_computed_tokens
+            if computed < request.peak_computed_tokens:
+                self._count_recomputed(request, count)
+            computed += count
+            request.num_computed_tokens = computed
+            if count > 1 or not computed % block_size:
+                self._commit(request, (computed - count) // block_size, computed // block_size)
+            if token_id is None:
+                continue
+            token_ids = request.token_ids
+            assert computed == len(token_ids), "a token was sampled before its time"
+            token_ids.append(token_id)
+            if request.first_token_time is None:
+                request.first_token_time = now
+            if token_id in request.stop_token_ids:
+                self._finish(request, RequestStatus.FINISHED_STOPPED, now)
+                finished.append(request)
+            elif len(token_ids) >= request.token_limit:
+                self._finish(request, RequestStatus.FINISHED_LENGTH_CAPPED, now)
+                finished.append(request)
+        return finished
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def running_queue(self) -> list[Request]:
+        """The requests of the last step that are unfinished, most urgent first. O(residents)."""
+        return [request for request in self.resident if request.status is _RUNNING]
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether another step would do something."""
+        return bool(self.requests)
+
+    def statistics(self) -> SchedulerStatistics:
+        """Counts for metrics. O(requests)."""
+        by_status = Counter(request.status for request in self.requests.values())
+        return SchedulerStatistics(
+            num_waiting=by_status[RequestStatus.WAITING],
+            num_running=by_status[RequestStatus.RUNNING],
+            num_paused=by_status[RequestStatus.PAUSED],
+            num_swapped=by_status[RequestStatus.SWAPPED],
+            num_preempted=by_status[RequestStatus.PREEMPTED],
+            num_finished=self._num_finished,
+            preemptions={mode.value: count for mode, count in self._preemptions.items()},
+            num_recomputed_tokens=self._num_recomputed_tokens,
+            blocks=self.block_manager.statistics(),
+            num_swap_blocks_used=self.config.num_swap_blocks - self.num_free_swap_slots,
+        )
+
+    @property
+    def num_free_swap_slots(self) -> int:
+        """Swap slots that hold nothing a request needs."""
+        return len(self._free_swap_slots) + len(self._read_swap_slots)
+
+    # ------------------------------------------------------------------ the merge's parts
+
+    def _admit(
+        self, request: Request, index: int, slots: int, output: SchedulerOutput, now: float
+    ) -> bool:
+        """Move the head of the waiting heap to its rank, ``index``, among the residents.
+
+        It may use the slots and blocks of exactly those residents that it may displace, and
+        is admitted only if its whole need is met; otherwise nothing changes.
+        """
+        resident = self.resident
+        if len(resident) - index >= slots:  # else there is a slot for everybody
+            not_displaced = bisect_right(resident, request.threshold, lo=index, key=_KEY) - index
+            if not_displaced >= slots:
+                return False
+        manager = self.block_manager
+        request.block_table = manager.allocate(request.request_id)
+        resident.insert(index, request)
+        if self.mode in _BLOCKS_STAY:
+            first_victim = len(resident)
+        else:
+            first_victim = bisect_right(resident, request.threshold, lo=index + 1, key=_KEY)
+        if not self._extend(request, first_victim, output, now):
+            del resident[index]
+            manager.free(request.request_id)
+            return False
+        self.waiting_heap.remove(request.request_id)
+        if request.first_scheduled_time is None:
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        return True
+
+    def _has_room_to_start(
+        self, request: Request, budget: int, time: _TimeBudget, is_first: bool
+    ) -> bool:
+        """Whether tokens and time are left for a waiting request's smallest chunk.
+
+        Asked before anybody yields for it. Three tokens always make a deterministic chunk.
+        """
+        smallest = min(_SMALLEST_CHUNK, request.num_tokens)
+        return budget >= smallest and (is_first or time.allows(smallest, request.num_tokens))
+
+    def _extend(
+        self, request: Request, first_victim: int, output: SchedulerOutput, now: float
+    ) -> bool:
+        """Give a resident request blocks for all its tokens, at the cost of ``first_victim`` on.
+
+        Blocks come, in this order, from the prefix cache (with their contents), the free ones,
+        the cached ones nobody references, and the residents from the last-ranked upwards.
+        What was swapped out is copied back in. If the whole need cannot be met, nothing
+        changes and the answer is False.
+        """
+        manager = self.block_manager
+        block_size = manager.block_size
+        table = request.block_table
+        num_held = len(table)
+        num_needed = manager.num_blocks_for(request.num_tokens) - num_held
+        computed = request.num_computed_tokens
+        found = self._find_cached(request) if computed == num_held * block_size else []
+        partial, is_partial = divmod(computed, block_size)
+        shared = None  # a partial block that must be copied before it is written
+        if is_partial and manager.ref_counts[table[partial]] > 1:
+            shared = table[partial]
+        manager.touch(found)
+        num_fresh = num_needed - len(found)
+        if not self._make_room(num_fresh, shared, request, first_victim, output, now):
+            manager.release(reversed(found))
+            return False
+        if shared is not None:
+            copy = manager.copy_on_write(request.request_id, partial)
+            if copy is not None:
+                output.block_copies.append(copy)
+        manager.share(request.request_id, found)
+        manager.append(request.request_id, num_fresh)
+        request.capacity = len(table) * block_size
+        if found:
+            request.num_computed_tokens = (num_held + len(found)) * block_size
+        if request.swap_table:
+            self._swap_in(request, num_held, len(found), output)
+        return True
+
+    def _find_cached(self, request: Request) -> list[int]:
+        """Blocks that continue the request's table and are in the prefix cache.
+
+        At least one token is left to compute, because something must be sampled from; a
+        deterministic prefill is left two (a chunk of one would be computed as a decode).
+        """
+        config = self.config
+        num_held = len(request.block_table)
+        limit = (request.num_tokens - 1) // config.block_size
+        if not config.enable_prefix_caching or limit <= num_held:
+            return []
+        self._hash_blocks(request, limit)
+        found = self.block_manager.find(request.block_hashes[num_held:limit])
+        if found and self._leaves_one(request, num_held + len(found)):
+            found.pop()
+        return found
+
+    def _leaves_one(self, request: Request, num_blocks: int) -> bool:
+        """Whether a deterministic prefill that follows ``num_blocks`` would be of one token."""
+        num_prompt = request.num_prompt_tokens
+        left = num_prompt - num_blocks * self.config.block_size
+        return self.config.deterministic and left == 1 and num_prompt > 1
+
+    def _chunk(self, request: Request, count: int, budget: int) -> int:
+        """How many of ``count`` uncomputed tokens to compute in this step, at most ``budget``.
+
+        0 if none may be (a deterministic prefill that would be left a chunk of one).
+        """
+        if not self.config.deterministic:
+            return min(count, budget)
+        left = request.num_prompt_tokens - request.num_computed_tokens
+        if left <= 0:
+            return min(1, budget)  # a generated token: replay it as it was computed first
+        chunk = min(left, budget)
+        if left - chunk == 1 and left > 1:
+            chunk -= 1
+        return chunk if chunk > 1 or left == 1 else 0
+
+    def _pause(self, request: Request, output: SchedulerOutput, now: float) -> None:
+        if request.status is _RUNNING:
+            request.transition(_PAUSED, now)
+            self._preemptions[PreemptionMode.PAUSE] += 1
+            output.preemptions.append(Preemption(request.request_id, PreemptionMode.PAUSE))
+
+    def _resume(self, request: Request, now: float) -> None:
+        request.transition(_RUNNING, now)
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = now
+
+    # ------------------------------------------------------------------ the reclaim ladder
+
+    def _make_room(
+        self,
+        num_fresh: int,
+        shared: int | None,
+        beneficiary: Request,
+        first_victim: int,
+        output: SchedulerOutput,
+        now: float,
+    ) -> bool:
+        """See that ``num_fresh`` blocks are available, and one to copy ``shared`` into.
+
+        Where that cannot be had, nothing changes and the answer is False.
+        """
+        num_blocks = num_fresh + (shared is not None)
+        shortage = num_blocks - self.block_manager.num_available
+        if shortage <= 0:
+            return True
+        plan = self._plan_victims(shortage, shared, first_victim)
+        for victim, num_kept in plan:
+            self._evict(victim, num_kept, self.mode, beneficiary, output, now)
+        return bool(plan)
+
+    def _plan_victims(
+        self, shortage: int, shared: int | None, first_victim: int
+    ) -> list[tuple[Request, int]]:
+        """Whom to take ``shortage`` blocks from: (victim, blocks it keeps), last-ranked first.
+
+        A block that several requests share is gained only when all of them are victims; and
+        ``shared`` needs no copy any more when all but the beneficiary are.
+        Empty if even all of ``resident[first_victim:]`` hold too little. O(blocks looked at).
+        """
+        manager = self.block_manager
+        taken: Counter[int] = Counter()
+        plan: list[tuple[Request, int]] = []
+        for position in range(len(self.resident) - 1, first_victim - 1, -1):
+            victim = self.resident[position]
+            num_kept = len(victim.block_table)
+            while num_kept and shortage:
+                num_kept -= 1
+                block = victim.block_table[num_kept]
+                taken[block] += 1
+                shortage -= taken[block] == manager.ref_counts[block] - (block == shared)
+            if self.mode not in _TAIL_MODES:
+                num_kept = 0
+            elif num_kept and self._leaves_one(victim, num_kept):
+                num_kept -= 1
+            plan.append((victim, num_kept))
+            if not shortage:
+                return plan
+        return []
+
+    def _evict(
+        self,
+        victim: Request,
+        num_kept: int,
+        mode: PreemptionMode,
+        beneficiary: Request | None,
+        output: SchedulerOutput,
+        now: float,
+    ) -> None:
+        """Cut a resident's table to ``num_kept`` blocks; without any, it leaves the residents."""
+        manager = self.block_manager
+        num_lost_blocks = len(victim.block_table) - num_kept
+        computed = victim.num_computed_tokens
+        num_kept_tokens = min(computed, num_kept * manager.block_size)
+        num_lost_tokens = computed - num_kept_tokens
+        victim.peak_computed_tokens = max(
+            victim.peak_computed_tokens, computed, victim.num_swapped_tokens
+        )
+        is_swapped = bool(num_lost_tokens) and self._swap_out(victim, num_kept, mode, output)
+        if not is_swapped:
+            self._drop_swapped(victim)
+        victim.num_computed_tokens = num_kept_tokens
+        victim.capacity = num_kept * manager.block_size
+        victim.num_preemptions += 1
+        if num_kept:
+            manager.trim(victim.request_id, num_kept)
+            yielded = PreemptionMode.TAIL
+        else:
+            self._remove_resident(victim)
+            manager.free(victim.request_id)
+            victim.transition(RequestStatus.SWAPPED if is_swapped else RequestStatus.PREEMPTED, now)
+            self.waiting_heap.push(victim.request_id, victim.key, victim)
+            yielded = PreemptionMode.RECOMPUTE
+        if is_swapped:
+            yielded = PreemptionMode.SWAP
+        self._preemptions[yielded] += 1
+        beneficiary_id = None if beneficiary is None else beneficiary.request_id
+        output.preemptions.append(
+            Preemption(victim.request_id, yielded, beneficiary_id, num_lost_blocks, num_lost_tokens)
+        )
+
+    def _swap_out(
+        self, victim: Request, num_kept: int, mode: PreemptionMode, output: SchedulerOutput
+    ) -> bool:
+        """Copy the computed blocks from ``num_kept`` on to the swap space, if that is the way.
+
+        A victim whose tail is swapped out already has everything before it computed, so the
+        slots together still cover a stretch without a hole.
+        """
+        manager = self.block_manager
+        blocks = victim.block_table[num_kept : manager.num_blocks_for(victim.num_computed_tokens)]
+        if mode not in (PreemptionMode.SWAP, PreemptionMode.AUTO):
+            return False
+        if len(blocks) > len(self._free_swap_slots):
+            return False
+        if mode is PreemptionMode.AUTO and not self._swap_is_cheaper(victim, num_kept, blocks):
+            return False
+        slots = [self._free_swap_slots.pop() for _ in blocks]
+        output.swap_out.extend(zip(blocks, slots, strict=True))
+        if not victim.swap_table:
+            victim.num_swapped_tokens = victim.num_computed_tokens
+        victim.swap_table[:0] = slots
+        return True
+
+    def _swap_is_cheaper(self, victim: Request, num_kept: int, blocks: list[int]) -> bool:
+        start = num_kept * self.config.block_size
+        end = max(victim.num_computed_tokens, victim.num_swapped_tokens)
+        replay_start = victim.num_prompt_tokens if self.config.deterministic else end
+        num_replayed = max(0, end - max(start, replay_start))
+        return self.cost_model.swap_ms(len(blocks)) < self.cost_model.recompute_ms(
+            end - start - num_replayed, num_replayed
+        )
+
+    def _swap_in(
+        self, request: Request, num_held: int, num_found: int, output: SchedulerOutput
+    ) -> None:
+        """Copy back what was swapped out, as far as the prefix cache did not have it."""
+        slots, start = request.swap_table, num_held + num_found
+        blocks = request.block_table[start : num_held + len(slots)]
+        output.swap_in.extend(zip(slots[num_found:], blocks, strict=False))
+        request.num_computed_tokens = max(request.num_computed_tokens, request.num_swapped_tokens)
+        self._drop_swapped(request)
+        self._commit(request, start, request.num_computed_tokens // self.config.block_size)
+
+    def _drop_swapped(self, request: Request) -> None:
+        self._read_swap_slots.extend(request.swap_table)
+        request.swap_table = []
+        request.num_swapped_tokens = 0
+
+    # ------------------------------------------------------------------ small parts
+
+    def _advance(self, now: float | None) -> float:
+        if now is not None and now > self.now:
+            self.now = now
+        return self.now
+
+    def _request(self, request_id: str) -> Request:
+        try:
+            return self.requests[request_id]
+        except KeyError:
+            raise UnknownRequest(f"no unfinished request has the id {request_id!r}") from None
+
+    def _check_length(self, request: Request) -> None:
+        limit = self.config.max_request_tokens
+        if request.num_tokens >= limit:
+            is_pool = limit == self.config.num_blocks * self.config.block_size
+            what = "the whole KV pool holds" if is_pool else "the context is"
+            raise RequestTooLong(
+                f"prompt of request {request.request_id!r} has {request.num_tokens} tokens, {what} "
+                f"{limit} tokens and one must be left to generate"
+            )
+
+    def _enrol(self, request: Request) -> None:
+        params = request.sampling_params
+        request.sequence = self._num_arrivals
+        self._num_arrivals += 1
+        request.token_limit = min(
+            request.num_prompt_tokens + params.max_tokens, self.config.max_request_tokens
+        )
+        request.stop_token_ids = params.stop_token_ids
+        if not params.ignore_eos:
+            request.stop_token_ids |= self.config.eos_token_ids
+        self._rank(request)
+        self.requests[request.request_id] = request
+
+    def _rank(self, request: Request) -> None:
+        request.key = (*self.policy.key(request), request.sequence)
+        displaces = self.mode is not PreemptionMode.NONE
+        request.threshold = self.policy.threshold(request) if displaces else _DISPLACES_NOBODY
+
+    def _insert_resident(self, request: Request) -> None:
+        self.resident.insert(bisect_left(self.resident, request.key, key=_KEY), request)
+
+    def _remove_resident(self, request: Request) -> None:
+        position = bisect_left(self.resident, request.key, key=_KEY)
+        assert self.resident[position] is request
+        del self.resident[position]
+
+    def _finish(self, request: Request, status: RequestStatus, now: float) -> None:
+        request_id = request.request_id
+        if request_id in self.block_manager.tables:
+            self._remove_resident(request)
+            self.block_manager.free(request_id)
+            request.block_table = []
+        else:
+            self.waiting_heap.remove(request_id)
+        self._drop_swapped(request)
+        request.transition(status, now)
+        request.finish_time = now
+        del self.requests[request_id]
+        self._num_finished += 1
+
+    def _count_recomputed(self, request: Request, count: int) -> None:
+        again = min(count, request.peak_computed_tokens - request.num_computed_tokens)
+        request.num_recomputed_tokens += again
+        self._num_recomputed_tokens += again
+
+    def _hash_blocks(self, request: Request, num_blocks: int) -> None:
+        """Extend ``block_hashes`` to the first ``num_blocks`` blocks of the request's tokens."""
+        hashes, size = request.block_hashes, self.config.block_size
+        for index in range(len(hashes), num_blocks):
+            end = (index + 1) * size
+            # Contents of generated tokens depend on where generation began (deterministic).
+            is_generated = self.config.deterministic and end > request.num_prompt_tokens
+            salt = request.num_prompt_tokens if is_generated else 0
+            parent = hashes[-1] if hashes else b""
+            hashes.append(hash_block(parent, request.token_ids[end - size : end], salt))
+
+    def _commit(self, request: Request, start: int, end: int) -> None:
+        """Make the blocks ``start … end − 1`` of a request's table findable; they are full."""
+        if self.config.enable_prefix_caching and end > start:
+            self._hash_blocks(request, end)
+            commit, table, hashes = (
+                self.block_manager.commit,
+                request.block_table,
+                request.block_hashes,
+            )
+            for index in range(start, end):
+                commit(table[index], hashes[index])
+
+
+class _TimeBudget:
+    """The fourth budget of a step: its predicted time."""
+
+    __slots__ = ("limit_ms", "per_context", "per_prefill", "per_seq", "spent_ms")
+
+    def __init__(self, cost_model: CostModel, limit_ms: float | None) -> None:
+        self.limit_ms = limit_ms
+        self.spent_ms, self.per_prefill, self.per_seq, self.per_context = cost_model.coefficients
+
+    def allows(self, num_prefill_tokens: int, num_context_tokens: int) -> bool:
+        """Whether a request may start, be it with a chunk of prefill or with one token."""
+        if self.limit_ms is None:
+            return True
+        one = self.per_seq + self.per_context * num_context_tokens
+        dearest = max(one, self.per_prefill * num_prefill_tokens)
+        return dearest <= self.limit_ms - self.spent_ms
+
+    def affordable(self, count: int, num_context_tokens: int, is_first: bool) -> int:
+        """How many of ``count`` tokens still fit.
+
+        The first-ranked request always gets some, so that every step makes progress.
+        """
+        assert self.limit_ms is not None
+        left = self.limit_ms - self.spent_ms
+        if count == 1:
+            return int(is_first or self.per_seq + self.per_context * num_context_tokens <= left)
+        fitting = max(0, int(left / self.per_prefill)) if self.per_prefill > 0 else count
+        return min(count, max(fitting, _SMALLEST_CHUNK if is_first else 0))
+
+    def spend(self, count: int, num_context_tokens: int) -> None:
+        """Count ``count`` tokens of one request as spent."""
+        if count == 1:
+            self.spent_ms += self.per_seq + self.per_context * num_context_tokens
+        else:
+            self.spent_ms += self.per_prefill * count

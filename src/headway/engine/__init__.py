@@ -1,0 +1,1 @@
+"""The engine: the step loop, and the ways to call it."""

@@ -1,0 +1,1 @@
+"""Models: names, files, and the decoder graph."""
