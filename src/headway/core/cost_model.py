@@ -16,7 +16,11 @@ from typing import NamedTuple
 
 from headway.core.errors import ConfigError
 
-__all__ = ["CostModel", "StepFeatures"]
+__all__ = ["SMALLEST_CHUNK", "CostModel", "StepFeatures", "TimeBudget"]
+
+#: A prefill of which no chunk and no rest may be a single token gets by with chunks of three
+#: (see ``SchedulerConfig.deterministic``).
+SMALLEST_CHUNK = 3
 
 
 class StepFeatures(NamedTuple):
@@ -119,3 +123,40 @@ class CostModel:
         """Learn from ``num_blocks`` blocks copied in ``measured_ms`` (moving average)."""
         if num_blocks:
             self.swap_ms_per_block += 0.2 * (measured_ms / num_blocks - self.swap_ms_per_block)
+
+
+class TimeBudget:
+    """The fourth budget of a step, beside slots, tokens and blocks: its predicted time."""
+
+    __slots__ = ("limit_ms", "per_context", "per_prefill", "per_seq", "spent_ms")
+
+    def __init__(self, cost_model: CostModel, limit_ms: float | None) -> None:
+        self.limit_ms = limit_ms
+        self.spent_ms, self.per_prefill, self.per_seq, self.per_context = cost_model.coefficients
+
+    def allows(self, num_prefill_tokens: int, num_context_tokens: int) -> bool:
+        """Whether a request may start, be it with a chunk of prefill or with one token."""
+        if self.limit_ms is None:
+            return True
+        one = self.per_seq + self.per_context * num_context_tokens
+        dearest = max(one, self.per_prefill * num_prefill_tokens)
+        return dearest <= self.limit_ms - self.spent_ms
+
+    def affordable(self, count: int, num_context_tokens: int, is_first: bool) -> int:
+        """How many of ``count`` tokens still fit.
+
+        The first-ranked request always gets some, so that every step makes progress.
+        """
+        assert self.limit_ms is not None
+        left = self.limit_ms - self.spent_ms
+        if count == 1:
+            return int(is_first or self.per_seq + self.per_context * num_context_tokens <= left)
+        fitting = max(0, int(left / self.per_prefill)) if self.per_prefill > 0 else count
+        return min(count, max(fitting, SMALLEST_CHUNK if is_first else 0))
+
+    def spend(self, count: int, num_context_tokens: int) -> None:
+        """Count ``count`` tokens of one request as spent."""
+        if count == 1:
+            self.spent_ms += self.per_seq + self.per_context * num_context_tokens
+        else:
+            self.spent_ms += self.per_prefill * count

@@ -100,7 +100,7 @@ def _check_swap(scheduler: PriorityScheduler) -> None:
     used = [slot for request in scheduler.requests.values() for slot in request.swap_table]
     _require(len(set(used)) == len(used), "two requests share a swap slot")
     total = scheduler.config.num_swap_blocks
-    _require(len(used) + scheduler.num_free_swap_slots == total, "a swap slot is lost")
+    _require(len(used) + scheduler.kv_cache.num_free_swap_slots == total, "a swap slot is lost")
 
 
 def check_output(scheduler: PriorityScheduler, output: SchedulerOutput) -> None:

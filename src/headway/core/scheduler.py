@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from headway.core.block_manager import BlockManager, BlockStatistics, hash_block
+from headway.core.block_manager import BlockStatistics
 from headway.core.config import PreemptionMode, SchedulerConfig
-from headway.core.cost_model import CostModel, StepFeatures
+from headway.core.cost_model import SMALLEST_CHUNK, CostModel, StepFeatures, TimeBudget
 from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong, UnknownRequest
+from headway.core.kv_cache_manager import KVCacheManager
 from headway.core.policy import SchedulingPolicy
 from headway.core.priority_queue import PriorityQueue
 from headway.core.request import MAX_PRIORITY, MIN_PRIORITY, Request, RequestStatus
@@ -34,9 +35,6 @@ __all__ = ["PriorityScheduler", "SchedulerOutput", "SchedulerStatistics"]
 
 _KEY = attrgetter("key")
 _RUNNING, _PAUSED = RequestStatus.RUNNING, RequestStatus.PAUSED
-#: A deterministic prefill of which no chunk and no rest may be one token long gets by with
-#: chunks of three; see ``PriorityScheduler._chunk``.
-_SMALLEST_CHUNK = 3
 _DISPLACES_NOBODY = (float("inf"),)
 #: Modes that take a victim's blocks only as far as needed, from its end.
 _TAIL_MODES = frozenset({PreemptionMode.TAIL, PreemptionMode.AUTO})
@@ -97,23 +95,18 @@ class PriorityScheduler:
         self.policy: SchedulingPolicy = config.policy
         #: How blocks are taken.
         self.mode: PreemptionMode = config.preemption_mode
-        #: Owns the block tables; a request has one exactly while it is resident.
-        self.block_manager = BlockManager(
-            config.num_blocks, config.block_size, config.enable_prefix_caching
-        )
         #: Predicts what a step and a swap cost.
         self.cost_model = cost_model or CostModel()
+        #: The residents' blocks and what is in them.
+        self.kv_cache = KVCacheManager(config, self.cost_model)
+        #: Owns the block tables; a request has one exactly while it is resident.
+        self.block_manager = self.kv_cache.block_manager
         #: Unfinished requests without blocks in the pool, by key.
         self.waiting_heap: PriorityQueue[Request] = PriorityQueue()
         #: Unfinished requests with blocks in the pool, sorted by key.
         self.resident: list[Request] = []
         #: Every unfinished request by id: those of ``waiting_heap`` and of ``resident``.
         self.requests: dict[str, Request] = {}
-        #: Swap slots that hold nothing, used from the end.
-        self._free_swap_slots = list(range(config.num_swap_blocks - 1, -1, -1))
-        #: Swap slots that the scheduled step still reads; free from the next step on, since
-        #: a step copies out before it copies in.
-        self._read_swap_slots: list[int] = []
         #: The latest time it was told; never decreases.
         self.now = 0.0
         self._num_arrivals = 0
@@ -182,14 +175,7 @@ class PriorityScheduler:
         self._check_length(child)
         child.arrival_time = parent.arrival_time
         self._enrol(child)
-        manager = self.block_manager
-        child.block_table = manager.fork(parent.request_id, child.request_id)
-        manager.trim(child.request_id, manager.num_blocks_for(computed))
-        child.num_computed_tokens = computed
-        child.capacity = len(child.block_table) * manager.block_size
-        if computed % manager.block_size:
-            # Neither may write into the shared last block: both ask before their next token.
-            parent.capacity = child.capacity = computed
+        self.kv_cache.fork(parent, child)
         child.transition(_PAUSED, now)
         self._insert_resident(child)
 
@@ -261,59 +247,55 @@ class PriorityScheduler:
         ``update_from_output`` in between decides the same again.
         """
         now = self._advance(now)
-        if self._read_swap_slots:
-            self._free_swap_slots.extend(self._read_swap_slots)
-            self._read_swap_slots.clear()
+        self.kv_cache.begin_step()
         output = SchedulerOutput()
         requests, counts = output.requests, output.num_scheduled_tokens
         resident, waiting = self.resident, self.waiting_heap
         slots = self.config.max_num_seqs
         budget = self.config.max_num_batched_tokens
-        time = _TimeBudget(self.cost_model, self.config.max_step_ms)
+        time = TimeBudget(self.cost_model, self.config.max_step_ms)
         is_timed = time.limit_ms is not None
         prefill_tokens = context_tokens = 0
-        # The next waiting request; None once one of those above could not get what it needs:
-        # nobody ranked below may be admitted to what it is waiting for.
+        running = _RUNNING
+        # The next waiting request, and its rank among the residents. None once one of those
+        # above could not get what it needs: nobody ranked below may be admitted to that.
         head = waiting.peek() if waiting else None
+        head_index = self._rank_among_residents(head)
         index = 0
         while slots and budget:
-            if head is not None and (index == len(resident) or head.key < resident[index].key):
+            if index == head_index:
+                if head is None:
+                    break
                 has_room = self._has_room_to_start(head, budget, time, is_first=not requests)
-                if not has_room or not self._admit(head, index, slots, output, now):
-                    head = None
+                if has_room and self._admit(head, index, slots, output, now):
+                    head = waiting.peek() if waiting else None
+                    head_index = self._rank_among_residents(head)
+                else:
+                    head, head_index = None, len(resident)
                     continue
-                head = waiting.peek() if waiting else None
-            elif index == len(resident):
-                break
             request = resident[index]
             index += 1
             num_tokens = len(request.token_ids)
             if num_tokens > request.capacity:
                 if not self._extend(request, index, output, now):
                     self._pause(request, output, now)
-                    head = None
+                    head, head_index = None, len(resident)
                     continue
-                if head is not None:
-                    head = waiting.peek()  # a victim may be the first of those who wait now
+                if output.preemptions:  # a victim may be the first of those who wait now
+                    head = waiting.peek() if head is not None else None
+                    head_index = self._rank_among_residents(head)
             computed = request.num_computed_tokens
             count = num_tokens - computed
-            if count > 1:
-                count = self._chunk(request, count, budget)
-            if is_timed:
-                affordable = time.affordable(count, computed, is_first=not requests)
-                if affordable < count:
-                    count = self._chunk(request, count, affordable)
-                time.spend(count, computed)
-            if not count:
-                self._pause(request, output, now)
-                if is_timed:
-                    break
-                continue
+            if count > 1 or is_timed:
+                count = self._fit(request, count, budget, time, is_first=not requests)
+                if not count:
+                    self._pause(request, output, now)
+                    continue
             if count > 1:
                 prefill_tokens += count
             else:
                 context_tokens += computed
-            if request.status is not _RUNNING:
+            if request.status is not running:
                 self._resume(request, now)
             requests.append(request)
             counts.append(count)
@@ -342,11 +324,12 @@ class PriorityScheduler:
         """
         now = self._advance(now)
         block_size = self.config.block_size
+        running = _RUNNING
         finished = []
         for request, count, token_id in zip(
             output.requests, output.num_scheduled_tokens, sampled_token_ids, strict=True
         ):
-            if request.status is not _RUNNING:
+            if request.status is not running:
                 continue
             computed = request.num_computed_tokens
             if computed < request.peak_computed_tokens:
@@ -354,7 +337,9 @@ class PriorityScheduler:
             computed += count
             request.num_computed_tokens = computed
             if count > 1 or not computed % block_size:
-                self._commit(request, (computed - count) // block_size, computed // block_size)
+                self.kv_cache.commit(
+                    request, (computed - count) // block_size, computed // block_size
+                )
             if token_id is None:
                 continue
             token_ids = request.token_ids
@@ -365,7 +350,7 @@ class PriorityScheduler:
             if token_id in request.stop_token_ids:
                 self._finish(request, RequestStatus.FINISHED_STOPPED, now)
                 finished.append(request)
-            elif len(token_ids) >= request.token_limit:
+            elif computed + 1 >= request.token_limit:
                 self._finish(request, RequestStatus.FINISHED_LENGTH_CAPPED, now)
                 finished.append(request)
         return finished
@@ -395,13 +380,8 @@ class PriorityScheduler:
             preemptions={mode.value: count for mode, count in self._preemptions.items()},
             num_recomputed_tokens=self._num_recomputed_tokens,
             blocks=self.block_manager.statistics(),
-            num_swap_blocks_used=self.config.num_swap_blocks - self.num_free_swap_slots,
+            num_swap_blocks_used=self.config.num_swap_blocks - self.kv_cache.num_free_swap_slots,
         )
-
-    @property
-    def num_free_swap_slots(self) -> int:
-        """Swap slots that hold nothing a request needs."""
-        return len(self._free_swap_slots) + len(self._read_swap_slots)
 
     # ------------------------------------------------------------------ the merge's parts
 
@@ -435,13 +415,13 @@ class PriorityScheduler:
         return True
 
     def _has_room_to_start(
-        self, request: Request, budget: int, time: _TimeBudget, is_first: bool
+        self, request: Request, budget: int, time: TimeBudget, is_first: bool
     ) -> bool:
         """Whether tokens and time are left for a waiting request's smallest chunk.
 
         Asked before anybody yields for it. Three tokens always make a deterministic chunk.
         """
-        smallest = min(_SMALLEST_CHUNK, request.num_tokens)
+        smallest = min(SMALLEST_CHUNK, request.num_tokens)
         return budget >= smallest and (is_first or time.allows(smallest, request.num_tokens))
 
     def _extend(
@@ -450,61 +430,36 @@ class PriorityScheduler:
         """Give a resident request blocks for all its tokens, at the cost of ``first_victim`` on.
 
         Blocks come, in this order, from the prefix cache (with their contents), the free ones,
-        the cached ones nobody references, and the residents from the last-ranked upwards.
-        What was swapped out is copied back in. If the whole need cannot be met, nothing
-        changes and the answer is False.
+        the cached ones nobody references, and the residents from the last-ranked upwards. If
+        the whole need cannot be met, nothing changes and the answer is False.
         """
-        manager = self.block_manager
-        block_size = manager.block_size
-        table = request.block_table
-        num_held = len(table)
-        num_needed = manager.num_blocks_for(request.num_tokens) - num_held
-        computed = request.num_computed_tokens
-        found = self._find_cached(request) if computed == num_held * block_size else []
-        partial, is_partial = divmod(computed, block_size)
-        shared = None  # a partial block that must be copied before it is written
-        if is_partial and manager.ref_counts[table[partial]] > 1:
-            shared = table[partial]
-        manager.touch(found)
-        num_fresh = num_needed - len(found)
-        if not self._make_room(num_fresh, shared, request, first_victim, output, now):
-            manager.release(reversed(found))
-            return False
-        if shared is not None:
-            copy = manager.copy_on_write(request.request_id, partial)
-            if copy is not None:
-                output.block_copies.append(copy)
-        manager.share(request.request_id, found)
-        manager.append(request.request_id, num_fresh)
-        request.capacity = len(table) * block_size
-        if found:
-            request.num_computed_tokens = (num_held + len(found)) * block_size
-        if request.swap_table:
-            self._swap_in(request, num_held, len(found), output)
+        if self.kv_cache.append_block(request):
+            return True
+        claim = self.kv_cache.claim(request)
+        shortage = claim.num_blocks - self.block_manager.num_available
+        if shortage > 0:
+            plan = self._plan_victims(shortage, claim.shared, first_victim)
+            if not plan:
+                self.kv_cache.withdraw(claim)
+                return False
+            for victim, num_kept in plan:
+                self._evict(victim, num_kept, self.mode, request, output, now)
+        self.kv_cache.grant(request, claim, output)
         return True
 
-    def _find_cached(self, request: Request) -> list[int]:
-        """Blocks that continue the request's table and are in the prefix cache.
-
-        At least one token is left to compute, because something must be sampled from; a
-        deterministic prefill is left two (a chunk of one would be computed as a decode).
-        """
-        config = self.config
-        num_held = len(request.block_table)
-        limit = (request.num_tokens - 1) // config.block_size
-        if not config.enable_prefix_caching or limit <= num_held:
-            return []
-        self._hash_blocks(request, limit)
-        found = self.block_manager.find(request.block_hashes[num_held:limit])
-        if found and self._leaves_one(request, num_held + len(found)):
-            found.pop()
-        return found
-
-    def _leaves_one(self, request: Request, num_blocks: int) -> bool:
-        """Whether a deterministic prefill that follows ``num_blocks`` would be of one token."""
-        num_prompt = request.num_prompt_tokens
-        left = num_prompt - num_blocks * self.config.block_size
-        return self.config.deterministic and left == 1 and num_prompt > 1
+    def _fit(
+        self, request: Request, count: int, budget: int, time: TimeBudget, is_first: bool
+    ) -> int:
+        """How many of ``count`` uncomputed tokens fit the token and time budgets; spends time."""
+        if count > 1:
+            count = self._chunk(request, count, budget)
+        if time.limit_ms is not None:
+            computed = request.num_computed_tokens
+            affordable = time.affordable(count, computed, is_first)
+            if affordable < count:
+                count = self._chunk(request, count, affordable)
+            time.spend(count, computed)
+        return count
 
     def _chunk(self, request: Request, count: int, budget: int) -> int:
         """How many of ``count`` uncomputed tokens to compute in this step, at most ``budget``.
@@ -534,28 +489,6 @@ class PriorityScheduler:
 
     # ------------------------------------------------------------------ the reclaim ladder
 
-    def _make_room(
-        self,
-        num_fresh: int,
-        shared: int | None,
-        beneficiary: Request,
-        first_victim: int,
-        output: SchedulerOutput,
-        now: float,
-    ) -> bool:
-        """See that ``num_fresh`` blocks are available, and one to copy ``shared`` into.
-
-        Where that cannot be had, nothing changes and the answer is False.
-        """
-        num_blocks = num_fresh + (shared is not None)
-        shortage = num_blocks - self.block_manager.num_available
-        if shortage <= 0:
-            return True
-        plan = self._plan_victims(shortage, shared, first_victim)
-        for victim, num_kept in plan:
-            self._evict(victim, num_kept, self.mode, beneficiary, output, now)
-        return bool(plan)
-
     def _plan_victims(
         self, shortage: int, shared: int | None, first_victim: int
     ) -> list[tuple[Request, int]]:
@@ -578,7 +511,7 @@ class PriorityScheduler:
                 shortage -= taken[block] == manager.ref_counts[block] - (block == shared)
             if self.mode not in _TAIL_MODES:
                 num_kept = 0
-            elif num_kept and self._leaves_one(victim, num_kept):
+            elif num_kept and self.kv_cache.leaves_one(victim, num_kept):
                 num_kept -= 1
             plan.append((victim, num_kept))
             if not shortage:
@@ -595,84 +528,24 @@ class PriorityScheduler:
         now: float,
     ) -> None:
         """Cut a resident's table to ``num_kept`` blocks; without any, it leaves the residents."""
-        manager = self.block_manager
-        num_lost_blocks = len(victim.block_table) - num_kept
-        computed = victim.num_computed_tokens
-        num_kept_tokens = min(computed, num_kept * manager.block_size)
-        num_lost_tokens = computed - num_kept_tokens
-        victim.peak_computed_tokens = max(
-            victim.peak_computed_tokens, computed, victim.num_swapped_tokens
-        )
-        is_swapped = bool(num_lost_tokens) and self._swap_out(victim, num_kept, mode, output)
-        if not is_swapped:
-            self._drop_swapped(victim)
-        victim.num_computed_tokens = num_kept_tokens
-        victim.capacity = num_kept * manager.block_size
+        lost = self.kv_cache.cut(victim, num_kept, mode, output)
         victim.num_preemptions += 1
         if num_kept:
-            manager.trim(victim.request_id, num_kept)
-            yielded = PreemptionMode.TAIL
+            yielded = PreemptionMode.SWAP if lost.is_swapped else PreemptionMode.TAIL
         else:
             self._remove_resident(victim)
-            manager.free(victim.request_id)
-            victim.transition(RequestStatus.SWAPPED if is_swapped else RequestStatus.PREEMPTED, now)
+            self.block_manager.free(victim.request_id)
+            if lost.is_swapped:
+                yielded, status = PreemptionMode.SWAP, RequestStatus.SWAPPED
+            else:
+                yielded, status = PreemptionMode.RECOMPUTE, RequestStatus.PREEMPTED
+            victim.transition(status, now)
             self.waiting_heap.push(victim.request_id, victim.key, victim)
-            yielded = PreemptionMode.RECOMPUTE
-        if is_swapped:
-            yielded = PreemptionMode.SWAP
         self._preemptions[yielded] += 1
         beneficiary_id = None if beneficiary is None else beneficiary.request_id
         output.preemptions.append(
-            Preemption(victim.request_id, yielded, beneficiary_id, num_lost_blocks, num_lost_tokens)
+            Preemption(victim.request_id, yielded, beneficiary_id, lost.num_blocks, lost.num_tokens)
         )
-
-    def _swap_out(
-        self, victim: Request, num_kept: int, mode: PreemptionMode, output: SchedulerOutput
-    ) -> bool:
-        """Copy the computed blocks from ``num_kept`` on to the swap space, if that is the way.
-
-        A victim whose tail is swapped out already has everything before it computed, so the
-        slots together still cover a stretch without a hole.
-        """
-        manager = self.block_manager
-        blocks = victim.block_table[num_kept : manager.num_blocks_for(victim.num_computed_tokens)]
-        if mode not in (PreemptionMode.SWAP, PreemptionMode.AUTO):
-            return False
-        if len(blocks) > len(self._free_swap_slots):
-            return False
-        if mode is PreemptionMode.AUTO and not self._swap_is_cheaper(victim, num_kept, blocks):
-            return False
-        slots = [self._free_swap_slots.pop() for _ in blocks]
-        output.swap_out.extend(zip(blocks, slots, strict=True))
-        if not victim.swap_table:
-            victim.num_swapped_tokens = victim.num_computed_tokens
-        victim.swap_table[:0] = slots
-        return True
-
-    def _swap_is_cheaper(self, victim: Request, num_kept: int, blocks: list[int]) -> bool:
-        start = num_kept * self.config.block_size
-        end = max(victim.num_computed_tokens, victim.num_swapped_tokens)
-        replay_start = victim.num_prompt_tokens if self.config.deterministic else end
-        num_replayed = max(0, end - max(start, replay_start))
-        return self.cost_model.swap_ms(len(blocks)) < self.cost_model.recompute_ms(
-            end - start - num_replayed, num_replayed
-        )
-
-    def _swap_in(
-        self, request: Request, num_held: int, num_found: int, output: SchedulerOutput
-    ) -> None:
-        """Copy back what was swapped out, as far as the prefix cache did not have it."""
-        slots, start = request.swap_table, num_held + num_found
-        blocks = request.block_table[start : num_held + len(slots)]
-        output.swap_in.extend(zip(slots[num_found:], blocks, strict=False))
-        request.num_computed_tokens = max(request.num_computed_tokens, request.num_swapped_tokens)
-        self._drop_swapped(request)
-        self._commit(request, start, request.num_computed_tokens // self.config.block_size)
-
-    def _drop_swapped(self, request: Request) -> None:
-        self._read_swap_slots.extend(request.swap_table)
-        request.swap_table = []
-        request.num_swapped_tokens = 0
 
     # ------------------------------------------------------------------ small parts
 
@@ -715,11 +588,17 @@ class PriorityScheduler:
         displaces = self.mode is not PreemptionMode.NONE
         request.threshold = self.policy.threshold(request) if displaces else _DISPLACES_NOBODY
 
+    def _rank_among_residents(self, request: Request | None) -> int:
+        """How many residents go before ``request``; all of them for None. O(log residents)."""
+        if request is None:
+            return len(self.resident)
+        return bisect_left(self.resident, request.key, key=_KEY)
+
     def _insert_resident(self, request: Request) -> None:
-        self.resident.insert(bisect_left(self.resident, request.key, key=_KEY), request)
+        self.resident.insert(self._rank_among_residents(request), request)
 
     def _remove_resident(self, request: Request) -> None:
-        position = bisect_left(self.resident, request.key, key=_KEY)
+        position = self._rank_among_residents(request)
         assert self.resident[position] is request
         del self.resident[position]
 
@@ -731,7 +610,7 @@ class PriorityScheduler:
             request.block_table = []
         else:
             self.waiting_heap.remove(request_id)
-        self._drop_swapped(request)
+        self.kv_cache.drop_swapped(request)
         request.transition(status, now)
         request.finish_time = now
         del self.requests[request_id]
@@ -741,63 +620,3 @@ class PriorityScheduler:
         again = min(count, request.peak_computed_tokens - request.num_computed_tokens)
         request.num_recomputed_tokens += again
         self._num_recomputed_tokens += again
-
-    def _hash_blocks(self, request: Request, num_blocks: int) -> None:
-        """Extend ``block_hashes`` to the first ``num_blocks`` blocks of the request's tokens."""
-        hashes, size = request.block_hashes, self.config.block_size
-        for index in range(len(hashes), num_blocks):
-            end = (index + 1) * size
-            # Contents of generated tokens depend on where generation began (deterministic).
-            is_generated = self.config.deterministic and end > request.num_prompt_tokens
-            salt = request.num_prompt_tokens if is_generated else 0
-            parent = hashes[-1] if hashes else b""
-            hashes.append(hash_block(parent, request.token_ids[end - size : end], salt))
-
-    def _commit(self, request: Request, start: int, end: int) -> None:
-        """Make the blocks ``start … end − 1`` of a request's table findable; they are full."""
-        if self.config.enable_prefix_caching and end > start:
-            self._hash_blocks(request, end)
-            commit, table, hashes = (
-                self.block_manager.commit,
-                request.block_table,
-                request.block_hashes,
-            )
-            for index in range(start, end):
-                commit(table[index], hashes[index])
-
-
-class _TimeBudget:
-    """The fourth budget of a step: its predicted time."""
-
-    __slots__ = ("limit_ms", "per_context", "per_prefill", "per_seq", "spent_ms")
-
-    def __init__(self, cost_model: CostModel, limit_ms: float | None) -> None:
-        self.limit_ms = limit_ms
-        self.spent_ms, self.per_prefill, self.per_seq, self.per_context = cost_model.coefficients
-
-    def allows(self, num_prefill_tokens: int, num_context_tokens: int) -> bool:
-        """Whether a request may start, be it with a chunk of prefill or with one token."""
-        if self.limit_ms is None:
-            return True
-        one = self.per_seq + self.per_context * num_context_tokens
-        dearest = max(one, self.per_prefill * num_prefill_tokens)
-        return dearest <= self.limit_ms - self.spent_ms
-
-    def affordable(self, count: int, num_context_tokens: int, is_first: bool) -> int:
-        """How many of ``count`` tokens still fit.
-
-        The first-ranked request always gets some, so that every step makes progress.
-        """
-        assert self.limit_ms is not None
-        left = self.limit_ms - self.spent_ms
-        if count == 1:
-            return int(is_first or self.per_seq + self.per_context * num_context_tokens <= left)
-        fitting = max(0, int(left / self.per_prefill)) if self.per_prefill > 0 else count
-        return min(count, max(fitting, _SMALLEST_CHUNK if is_first else 0))
-
-    def spend(self, count: int, num_context_tokens: int) -> None:
-        """Count ``count`` tokens of one request as spent."""
-        if count == 1:
-            self.spent_ms += self.per_seq + self.per_context * num_context_tokens
-        else:
-            self.spent_ms += self.per_prefill * count
