@@ -21,6 +21,7 @@ __all__ = [
     "Request",
     "RequestStatus",
     "SamplingParams",
+    "check_priority",
 ]
 
 #: Priorities are int64, as in vLLM's API; smaller is more urgent.
@@ -192,11 +193,7 @@ class Request:
     ) -> None:
         if not isinstance(request_id, str) or not request_id:
             raise InvalidRequest(f"request_id is {request_id!r}, must be a non-empty string")
-        if not _is_int(priority) or not MIN_PRIORITY <= priority <= MAX_PRIORITY:
-            raise InvalidRequest(
-                f"priority of request {request_id!r} is {priority!r}, must be an int64 "
-                f"({MIN_PRIORITY} … {MAX_PRIORITY})"
-            )
+        check_priority(request_id, priority)
         if sampling_params is None:
             sampling_params = (
                 SamplingParams() if max_tokens is None else SamplingParams(max_tokens=max_tokens)
@@ -318,6 +315,23 @@ class Request:
 
 #: The roadmap's name for it.
 PriorityRequest = Request
+
+
+def check_priority(request_id: str, priority: object) -> None:
+    """Refuse a priority that is no int64.
+
+    Raises:
+        InvalidRequest: naming the request, the value and the range.
+    """
+    if (
+        not isinstance(priority, int)
+        or isinstance(priority, bool)
+        or not (MIN_PRIORITY <= priority <= MAX_PRIORITY)
+    ):
+        raise InvalidRequest(
+            f"priority of request {request_id!r} is {priority!r}, must be an int64 "
+            f"({MIN_PRIORITY} … {MAX_PRIORITY})"
+        )
 
 
 def _is_int(value: object) -> bool:

@@ -28,7 +28,7 @@ from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong
 from headway.core.kv_cache_manager import KVCacheManager
 from headway.core.policy import SchedulingPolicy
 from headway.core.priority_queue import PriorityQueue
-from headway.core.request import MAX_PRIORITY, MIN_PRIORITY, Request, RequestStatus
+from headway.core.request import Request, RequestStatus, check_priority
 from headway.core.scheduler_output import Preemption, SchedulerOutput
 
 __all__ = ["PriorityScheduler", "SchedulerOutput", "SchedulerStatistics"]
@@ -133,7 +133,7 @@ class PriorityScheduler:
             raise InvalidRequest(
                 f"request {request.request_id!r} is {request.status.value}; add a fresh one"
             )
-        self._check_length(request)
+        self.check_length(request)
         if request.arrival_time is None:
             request.arrival_time = now
         request.transitions.append((now, RequestStatus.WAITING))
@@ -172,7 +172,7 @@ class PriorityScheduler:
             )
         if child.request_id in self.requests:
             raise DuplicateRequest(f"request id {child.request_id!r} is in use")
-        self._check_length(child)
+        self.check_length(child)
         child.arrival_time = parent.arrival_time
         self._enrol(child)
         self.kv_cache.fork(parent, child)
@@ -222,12 +222,7 @@ class PriorityScheduler:
             InvalidRequest: the priority is no int64.
         """
         request = self._request(request_id)
-        if (
-            isinstance(priority, bool)
-            or not isinstance(priority, int)
-            or not MIN_PRIORITY <= priority <= MAX_PRIORITY
-        ):
-            raise InvalidRequest(f"priority is {priority!r}, must be an int64")
+        check_priority(request_id, priority)
         is_resident = request_id in self.block_manager.tables
         if is_resident:
             self._remove_resident(request)
@@ -560,7 +555,12 @@ class PriorityScheduler:
         except KeyError:
             raise UnknownRequest(f"no unfinished request has the id {request_id!r}") from None
 
-    def _check_length(self, request: Request) -> None:
+    def check_length(self, request: Request) -> None:
+        """Refuse what could never be served; reads settings only, so any thread may ask.
+
+        Raises:
+            RequestTooLong: the prompt leaves no room for one token in the context or the pool.
+        """
         limit = self.config.max_request_tokens
         if request.num_tokens >= limit:
             is_pool = limit == self.config.num_blocks * self.config.block_size

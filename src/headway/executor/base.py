@@ -20,9 +20,11 @@ class ModelRunnerOutput(NamedTuple):
     Attributes:
         sampled_token_ids: parallel to the scheduled requests; None where the scheduled tokens
             do not reach the request's last one, so that nothing was sampled.
+        swap_ms: of the step's time, what copying between pool and swap space took.
     """
 
     sampled_token_ids: list[int | None]
+    swap_ms: float = 0.0
 
 
 class Executor(Protocol):

@@ -1,0 +1,126 @@
+"""All settings of an engine in one place, under vLLM's names, and how to build it from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headway.core.config import PreemptionMode, SchedulerConfig
+from headway.core.errors import ConfigError
+from headway.core.policy import SchedulingPolicy
+from headway.core.scheduler import PriorityScheduler
+from headway.engine.engine import Engine
+from headway.engine.tokenizer import Tokenizer
+from headway.models.registry import DEFAULT_MODEL, resolve
+
+__all__ = ["EngineConfig", "Progress"]
+
+#: Told of a stage of starting up and the fraction of it that is done.
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What to run and how; the defaults suit a small CPU.
+
+    Attributes:
+        model: a known name or the path of a ``.gguf`` file.
+        scheduling_policy: ``fcfs``, ``priority``, ``aging``, ``deadline``, or a policy object.
+        preemption_mode: see ``headway.core.config.PreemptionMode``.
+        max_num_seqs: requests in a step, at most.
+        max_num_batched_tokens: tokens in a step, at most. Long steps compute no faster than
+            these do, and an urgent request waits for the step in flight.
+        max_model_len: longest context in tokens; None = the model's.
+        kv_cache_bytes: size of the KV pool; None = a quarter of the free memory, as far as
+            ``max_num_seqs`` full contexts can use it.
+        swap_space_bytes: limit of the swap space; None = the executor's choice, 0 = none.
+        enable_prefix_caching: share the blocks of equal prefixes.
+        deterministic: see ``headway.core.config.SchedulerConfig``.
+        max_step_ms: no step is predicted to take longer; None = no bound.
+        max_num_queued_reqs: refuse requests when so many are waiting.
+        num_threads: for the computation; None = one per core.
+    """
+
+    model: str | os.PathLike[str] = DEFAULT_MODEL
+    scheduling_policy: str | SchedulingPolicy = "priority"
+    preemption_mode: PreemptionMode | str = PreemptionMode.AUTO
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 256
+    max_model_len: int | None = None
+    kv_cache_bytes: int | None = None
+    swap_space_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    deterministic: bool = True
+    max_step_ms: float | None = None
+    max_num_queued_reqs: int = 100_000
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        self._scheduler_config(1, 1, 0, self.max_model_len, frozenset())  # refuse before loading
+        if self.max_num_queued_reqs < 1:
+            raise ConfigError(
+                f"max_num_queued_reqs is {self.max_num_queued_reqs}, must be at least 1"
+            )
+
+    def build(self, progress: Progress | None = None) -> Engine:
+        """Fetch, convert and load the model, as far as that has not been done before.
+
+        Raises:
+            ModelError: the model is unknown, damaged, not supported, or cannot be fetched.
+            ConfigError: a setting is out of the model's range.
+        """
+        # OpenVINO takes a second to import; settings are refused and help is printed without it.
+        from headway.executor.openvino import OpenVINOExecutor  # noqa: PLC0415
+
+        def download(stage: str, done: int, total: int) -> None:
+            if progress is not None and total:
+                progress(stage, done / total)
+
+        path = resolve(self.model, download)
+        tokenizer = Tokenizer(path)
+        executor = OpenVINOExecutor(
+            path,
+            kv_cache_bytes=self.kv_cache_bytes,
+            swap_space_bytes=self.swap_space_bytes,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+            num_threads=self.num_threads,
+            progress=progress,
+        )
+        config = self._scheduler_config(
+            executor.num_blocks,
+            executor.block_size,
+            executor.num_swap_blocks,
+            executor.max_model_len,
+            tokenizer.eos_token_ids,
+        )
+        return Engine(
+            executor,
+            PriorityScheduler(config=config),
+            tokenizer,
+            max_num_queued_reqs=self.max_num_queued_reqs,
+        )
+
+    def _scheduler_config(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_swap_blocks: int,
+        max_model_len: int | None,
+        eos_token_ids: frozenset[int],
+    ) -> SchedulerConfig:
+        return SchedulerConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_swap_blocks=num_swap_blocks,
+            max_model_len=max_model_len,
+            policy=self.scheduling_policy,
+            preemption_mode=self.preemption_mode,
+            enable_prefix_caching=self.enable_prefix_caching,
+            deterministic=self.deterministic,
+            max_step_ms=self.max_step_ms,
+            eos_token_ids=eos_token_ids,
+        )

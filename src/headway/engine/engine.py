@@ -1,0 +1,285 @@
+"""The step loop: drain the ingress, schedule, execute, update, hand out.
+
+A request's way is a straight line. Any thread may submit, abort or re-rank: that enters a ring,
+and the thread that steps takes it from there, so the scheduler needs no locks and a full ring
+is the back-pressure.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from headway.core.circular_queue import CircularQueue
+from headway.core.errors import HeadwayError, InvalidRequest, QueueFull, UnknownRequest
+from headway.core.request import Request, RequestStatus, check_priority
+from headway.core.scheduler import PriorityScheduler, SchedulerOutput
+from headway.engine.output_processor import OutputProcessor
+from headway.engine.outputs import EngineOutput
+from headway.engine.tokenizer import Tokenizer
+from headway.executor.base import Executor
+
+__all__ = ["Clock", "Engine", "Step", "StepObserver"]
+
+#: Seconds; never runs backwards.
+Clock = Callable[[], float]
+
+
+class Step(NamedTuple):
+    """A step that was done, for whoever watches: live views, metrics, benchmarks.
+
+    Attributes:
+        output: what was scheduled.
+        start: when scheduling began.
+        execute_start: when the executor began.
+        execute_end: when it was done.
+        end: when the outputs were ready; seconds, all four.
+    """
+
+    output: SchedulerOutput
+    start: float
+    execute_start: float
+    execute_end: float
+    end: float
+
+
+#: Called after every step, from the thread that steps; it must return soon.
+StepObserver = Callable[[Step], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _SetPriority:
+    request_id: str
+    priority: int
+
+
+class Engine:
+    """Runs requests to their end on one executor.
+
+    ``submit``, ``abort`` and ``set_priority`` may be called from any thread; ``step`` from one.
+
+    Args:
+        executor: runs the steps.
+        scheduler: decides them; its pool must be the executor's.
+        tokenizer: turns tokens into text; None hands out tokens only.
+        clock: seconds; arrival times come from it.
+        max_num_queued_reqs: ``submit`` refuses when so many wait for their first step.
+        ingress_capacity: commands that may pile up between two steps.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: PriorityScheduler,
+        tokenizer: Tokenizer | None = None,
+        *,
+        clock: Clock = time.monotonic,
+        max_num_queued_reqs: int = 100_000,
+        ingress_capacity: int = 1024,
+    ) -> None:
+        assert scheduler.config.num_blocks == executor.num_blocks
+        assert scheduler.config.block_size == executor.block_size
+        assert scheduler.config.num_swap_blocks <= executor.num_swap_blocks
+        self.executor = executor
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self.clock = clock
+        self.max_num_queued_reqs = max_num_queued_reqs
+        #: Called after every step.
+        self.observers: list[StepObserver] = []
+        #: Called, from the submitting thread, when there is something to step for.
+        self.on_ingress: Callable[[], None] = _nothing
+        self._ingress: CircularQueue[Request | _Abort | _SetPriority] = CircularQueue(
+            ingress_capacity
+        )
+        #: The ring has one producer end; submitting threads take turns at it.
+        self._ingress_lock = threading.Lock()
+        #: Unfinished requests that the scheduler knows, by id, if there is a tokenizer.
+        self._processors: dict[str, OutputProcessor] = {}
+        self._seeds = random.Random()
+
+    # ------------------------------------------------------------------ any thread
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never be served.
+
+        Raises:
+            RequestTooLong: longer than the context, or than the pool could hold.
+            InvalidRequest: a token id is outside the vocabulary.
+        """
+        self.scheduler.check_length(request)
+        if self.tokenizer is None:
+            return
+        size = self.tokenizer.vocab_size
+        smallest, largest = min(request.token_ids), max(request.token_ids)
+        if smallest < 0 or largest >= size:
+            raise InvalidRequest(
+                f"prompt of request {request.request_id!r} has token id "
+                f"{smallest if smallest < 0 else largest}, the vocabulary is 0 … {size - 1}"
+            )
+
+    @property
+    def has_room(self) -> bool:
+        """Whether ``submit`` would accept a request, if no other thread were faster."""
+        return not self._ingress.is_full() and self._num_queued < self.max_num_queued_reqs
+
+    @property
+    def _num_queued(self) -> int:
+        return len(self.scheduler.waiting_heap) + len(self._ingress)
+
+    def submit(self, request: Request) -> None:
+        """Let a request in; its outcome, be it a refusal, comes out of ``step``.
+
+        Raises:
+            RequestTooLong, InvalidRequest: it could never be served; nothing will come out.
+            QueueFull: there is no room now; nothing will come out.
+        """
+        self.check(request)
+        params = request.sampling_params
+        if params.temperature > 0 and params.seed is None:
+            request.sampling_params = replace(params, seed=self._seeds.getrandbits(63))
+        if request.arrival_time is None:
+            request.arrival_time = self.clock()
+        if self._num_queued >= self.max_num_queued_reqs:
+            raise QueueFull(
+                f"{self._num_queued} requests are waiting, at most {self.max_num_queued_reqs} may"
+            )
+        self._enqueue(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; if it is unfinished by then, ``step`` hands out its end.
+
+        Raises:
+            QueueFull: the ring is full; try again after a step.
+        """
+        self._enqueue(_Abort(request_id))
+
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Change how urgent a request is, from the next step on.
+
+        Raises:
+            InvalidRequest: the priority is no int64.
+            QueueFull: the ring is full; try again after a step.
+        """
+        check_priority(request_id, priority)
+        self._enqueue(_SetPriority(request_id, priority))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return self.scheduler.has_unfinished_requests or not self._ingress.is_empty()
+
+    # ------------------------------------------------------------------ the stepping thread
+
+    def step(self) -> list[EngineOutput]:
+        """One step; returns what it added to which request, ends and refusals included."""
+        outputs: list[EngineOutput] = []
+        start = self.clock()
+        self._drain_ingress(outputs, start)
+        scheduled = self.scheduler.schedule(start)
+        if scheduled.is_empty:
+            return outputs
+        execute_start = self.clock()
+        result = self.executor.execute(scheduled)
+        execute_end = self.clock()
+        self._learn(scheduled, (execute_end - execute_start) * 1e3, result.swap_ms)
+        self.scheduler.update_from_output(scheduled, result.sampled_token_ids, execute_end)
+        for request, token_id in zip(scheduled, result.sampled_token_ids, strict=True):
+            if token_id is not None:
+                outputs.append(self._to_output(request, token_id, execute_end))
+        if self.observers:
+            step = Step(scheduled, start, execute_start, execute_end, self.clock())
+            for observer in self.observers:
+                observer(step)
+        return outputs
+
+    def abort_all(self, error: HeadwayError | None = None) -> list[EngineOutput]:
+        """End everything that is unfinished, waiting in the ring or being served."""
+        outputs: list[EngineOutput] = []
+        now = self.clock()
+        self._drain_ingress(outputs, now)
+        for request_id in list(self.scheduler.requests):
+            outputs.append(self._end(request_id, now, error))
+        return outputs
+
+    def close(self) -> None:
+        """Release the executor."""
+        self.executor.close()
+
+    # ------------------------------------------------------------------ internals
+
+    def _enqueue(self, command: Request | _Abort | _SetPriority) -> None:
+        with self._ingress_lock:
+            accepted = self._ingress.enqueue(command)
+        if not accepted:
+            raise QueueFull(
+                f"{self._ingress.capacity} requests have arrived since the last step, no more fit"
+            )
+        self.on_ingress()
+
+    def _drain_ingress(self, outputs: list[EngineOutput], now: float) -> None:
+        while (command := self._ingress.dequeue()) is not None:
+            if isinstance(command, Request):
+                try:
+                    self.scheduler.add_request(command, now)
+                except InvalidRequest as error:
+                    outputs.append(EngineOutput(command, finish_reason="rejected", error=error))
+                else:
+                    if self.tokenizer is not None:
+                        processor = OutputProcessor(command, self.tokenizer)
+                        self._processors[command.request_id] = processor
+            elif isinstance(command, _Abort):
+                if command.request_id in self.scheduler.requests:
+                    outputs.append(self._end(command.request_id, now, None))
+            else:
+                with suppress(UnknownRequest):  # it has ended meanwhile
+                    self.scheduler.set_priority(command.request_id, command.priority)
+
+    def _end(self, request_id: str, now: float, error: HeadwayError | None) -> EngineOutput:
+        request = self.scheduler.abort(request_id, now)
+        processor = self._processors.pop(request_id, None)
+        text = processor.flush().text if processor is not None else ""
+        return EngineOutput(request, (), text, request.status.finish_reason, error=error)
+
+    def _learn(self, scheduled: SchedulerOutput, execute_ms: float, swap_ms: float) -> None:
+        if scheduled.num_swapped_blocks:
+            self.scheduler.cost_model.observe_swap(scheduled.num_swapped_blocks, swap_ms)
+        if scheduled.requests:
+            self.scheduler.cost_model.observe(scheduled.features, execute_ms - swap_ms)
+
+    def _to_output(self, request: Request, token_id: int, now: float) -> EngineOutput:
+        finish_reason = request.status.finish_reason
+        stop_reason: str | int | None = None
+        if finish_reason == "stop" and token_id in request.sampling_params.stop_token_ids:
+            stop_reason = token_id
+        processor = self._processors.get(request.request_id)
+        if processor is None:
+            return EngineOutput(request, (token_id,), "", finish_reason, stop_reason)
+        if finish_reason == "stop":
+            text = processor.flush().text  # the end token is not part of the text
+        else:
+            text, stop = processor.append(token_id)
+            if finish_reason is not None and stop is None:
+                rest, stop = processor.flush()
+                text += rest
+            if stop is not None:
+                if finish_reason is None:
+                    self.scheduler.finish(request.request_id, RequestStatus.FINISHED_STOPPED, now)
+                finish_reason, stop_reason = "stop", stop
+        if finish_reason is not None:
+            del self._processors[request.request_id]
+        return EngineOutput(request, (token_id,), text, finish_reason, stop_reason)
+
+
+def _nothing() -> None:
+    """Nobody waits for the ingress."""

@@ -1,0 +1,197 @@
+"""Offline use, in vLLM's shape: ``LLM(model=…).generate(prompts, …)``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from headway.core.errors import InvalidRequest, UnsupportedModel
+from headway.core.request import Request, SamplingParams
+from headway.engine.chat_template import ChatTemplate
+from headway.engine.config import EngineConfig
+from headway.engine.config import Progress as StartProgress
+from headway.engine.engine import Engine
+from headway.engine.outputs import RequestOutput
+from headway.engine.tokenizer import Tokenizer
+
+__all__ = ["LLM", "Prompt", "tokenize_prompt"]
+
+#: A text, or its tokens.
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model and its engine, for batch use from one thread.
+
+    Args:
+        model: a known name or the path of a ``.gguf`` file.
+        progress: told of the stages of starting up.
+        settings: of ``EngineConfig``.
+
+    Raises:
+        ModelError, ConfigError: as ``EngineConfig.build``.
+
+    ::
+
+        llm = LLM(scheduling_policy="priority")
+        outputs = llm.generate(["Hello", "Urgent!"], SamplingParams(max_tokens=32), priority=[1, 0])
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        progress: StartProgress | None = None,
+        **settings: Any,
+    ) -> None:
+        if model is not None:
+            settings["model"] = model
+        #: The engine; step it yourself only while ``generate`` does not run.
+        self.engine: Engine = EngineConfig(**settings).build(progress)
+        self._ids = itertools.count()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        assert self.engine.tokenizer is not None
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Complete the prompts; results in the order of the prompts.
+
+        Args:
+            prompts: one text, or a sequence of texts and token lists.
+            sampling_params: for all, or one for each prompt.
+            priority: for all, or one for each prompt; smaller is served first.
+            use_tqdm: a progress bar on standard error; None = if that is a terminal. (vLLM's
+                name; the bar is rich's.)
+
+        Raises:
+            InvalidRequest: a prompt or parameter is out of range; nothing was generated.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = _spread("sampling_params", sampling_params or SamplingParams(), len(prompts))
+        priorities = _spread("priority", priority, len(prompts))
+        requests = [
+            Request(
+                f"llm-{next(self._ids)}",
+                one_priority,
+                prompt if isinstance(prompt, str) else "",
+                prompt_token_ids=tokenize_prompt(self.tokenizer, prompt),
+                sampling_params=one_params,
+            )
+            for prompt, one_params, one_priority in zip(prompts, params, priorities, strict=True)
+        ]
+        for request in requests:
+            self.engine.check(request)
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, through the model's chat template.
+
+        Raises:
+            UnsupportedModel: the model has no chat template.
+            InvalidRequest: as ``generate``, or the template refuses the messages.
+        """
+        conversations: list[Any] = list(messages)
+        if conversations and isinstance(conversations[0], Mapping):
+            conversations = [conversations]
+        prompts = [self.render_chat(conversation) for conversation in conversations]
+        return self.generate(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The tokens of a conversation, ready for the assistant's turn.
+
+        Raises:
+            UnsupportedModel: the model has no chat template.
+            InvalidRequest: the template refuses the messages.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
+            raise UnsupportedModel("the model's file has no chat template; use generate")
+        template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+        return tokenizer.encode(template.render(messages), add_special_tokens=False)
+
+    def close(self) -> None:
+        """Release the model."""
+        self.engine.close()
+
+    def _run(self, requests: list[Request], use_bar: bool | None) -> list[RequestOutput]:
+        results = {request.request_id: RequestOutput.of(request) for request in requests}
+        console = Console(stderr=True)
+        bar = Progress(
+            TextColumn("generating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.0f} tokens/s"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not (console.is_terminal if use_bar is None else use_bar),
+            transient=True,
+        )
+        pending = iter(requests)
+        upcoming = next(pending, None)
+        num_left, num_tokens, begin = len(requests), 0, self.engine.clock()
+        with bar:
+            task = bar.add_task("", total=len(requests), rate=0.0)
+            try:
+                while num_left:
+                    while upcoming is not None and self.engine.has_room:
+                        self.engine.submit(upcoming)
+                        upcoming = next(pending, None)
+                    for output in self.engine.step():
+                        results[output.request.request_id].extend(output)
+                        num_tokens += len(output.token_ids)
+                        if output.error is not None:
+                            raise output.error
+                        num_left -= output.finish_reason is not None
+                    elapsed = max(self.engine.clock() - begin, 1e-9)
+                    bar.update(task, completed=len(requests) - num_left, rate=num_tokens / elapsed)
+            except BaseException:
+                self.engine.abort_all()  # Ctrl-C, too, must leave an engine that can be used
+                raise
+        return list(results.values())
+
+
+def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The tokens of a prompt.
+
+    Raises:
+        InvalidRequest: it is neither a text nor a list of token ids, or it is empty.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InvalidRequest("the prompt is empty, needs at least 1 character")
+        return tokenizer.encode(prompt)
+    token_ids = list(prompt)
+    if not token_ids or not all(
+        isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in token_ids
+    ):
+        raise InvalidRequest("a prompt must be a text or a non-empty list of token ids")
+    return token_ids
+
+
+def _spread(name: str, value: Any, count: int) -> list[Any]:
+    if isinstance(value, (SamplingParams, int)) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequest(f"{name} has {len(value)} values for {count} prompts")
+    return list(value)

@@ -1,0 +1,119 @@
+"""The arrays of one step, from the requests that it consists of.
+
+Split from the executor because it is the part of a step that costs Python time: a fixed number of
+numpy calls, and loops over sequences, never over their tokens' context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from headway.core.request import Request
+
+__all__ = ["StepBatch", "build_batch"]
+
+IntArray = npt.NDArray[np.int32]
+
+#: The token of padding rows; any id will do.
+_PADDING_TOKEN: Final = 0
+
+
+class StepBatch(NamedTuple):
+    """One forward pass.
+
+    Attributes:
+        inputs: the graph's inputs by name (``headway.models.graph`` describes them).
+        sampled: indices of the requests that are sampled, in order: row i of the graph's
+            outputs belongs to request ``sampled[i]``; rows beyond are padding.
+        random: of the sampled rows, those that need their logits; row j of the graph's logits
+            belongs to the request ``sampled[random[j]]``.
+    """
+
+    inputs: dict[str, IntArray]
+    sampled: list[int]
+    random: list[int]
+
+
+def build_batch(
+    requests: Sequence[Request],
+    num_scheduled_tokens: Sequence[int],
+    block_size: int,
+    scratch_block: int,
+    min_rows: int = 1,
+    min_chunk: int = 1,
+) -> StepBatch:
+    """Lay the scheduled tokens of ``requests`` end to end. O(tokens + blocks).
+
+    Args:
+        requests: at least one; for each, ``num_scheduled_tokens`` ≥ 1 tokens from
+            ``num_computed_tokens`` on are computed, and its block table has room for them.
+        num_scheduled_tokens: parallel to ``requests``.
+        block_size: tokens in a block.
+        scratch_block: a block outside the pool, for what padding writes.
+        min_rows: a step of fewer tokens, or of fewer sampled rows, is padded to that many. A
+            matrix product of one row runs in another kernel than larger ones, with another order
+            of summation; padding makes a request's result independent of its company.
+        min_chunk: a chunk of fewer prompt tokens computes some before it once more. Attention for
+            one token is another kernel than for several; so a prompt gives the same result even
+            where a chunk of one token is left over. What is written again are the same bits.
+    """
+    tokens: list[int] = []
+    past_lens: list[int] = []
+    lengths = list(num_scheduled_tokens)
+    blocks: list[int] = []
+    block_counts: list[int] = []
+    sampled: list[int] = []
+    random: list[int] = []
+    for index, (request, count) in enumerate(zip(requests, num_scheduled_tokens, strict=True)):
+        start = request.num_computed_tokens
+        end = start + count
+        if count < min_chunk and end <= request.num_prompt_tokens:
+            start = max(0, end - min_chunk)
+            lengths[index] = end - start
+        tokens += request.token_ids[start:end]
+        past_lens.append(start)
+        needed = -(-end // block_size)
+        blocks += request.block_table[:needed]
+        block_counts.append(needed)
+        if end == len(request.token_ids):
+            params = request.sampling_params
+            if params.temperature > 0.0 and params.top_k != 1:
+                random.append(len(sampled))
+            sampled.append(index)
+    for _ in range(min_rows - len(tokens)):
+        # A sequence of one token, at the start of its context.
+        tokens.append(_PADDING_TOKEN)
+        past_lens.append(0)
+        lengths.append(1)
+        blocks.append(scratch_block)
+        block_counts.append(1)
+
+    begins = np.array([0, *accumulate(lengths)], dtype=np.int32)
+    past = np.array(past_lens, dtype=np.int32)
+    counts = np.array(lengths, dtype=np.int32)
+    positions = np.arange(len(tokens), dtype=np.int32)
+    positions += np.repeat(past - begins[:-1], counts)
+    last = begins[1:] - 1
+    rows = last[sampled]
+    if 0 < len(sampled) < min_rows:
+        rows = np.concatenate([rows, np.repeat(rows[-1:], min_rows - len(sampled))])
+    return StepBatch(
+        inputs={
+            "input_ids": np.array(tokens, dtype=np.int32),
+            "position_ids": positions,
+            "past_lens": past,
+            "subsequence_begins": begins,
+            "block_indices": np.array(blocks, dtype=np.int32),
+            "block_indices_begins": np.array([0, *accumulate(block_counts)], dtype=np.int32),
+            "max_context_len": np.array((past + counts).max(), dtype=np.int32),
+            "sample_rows": rows,
+            "logit_rows": np.array(random, dtype=np.int32),
+        },
+        sampled=sampled,
+        random=random,
+    )

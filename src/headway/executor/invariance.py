@@ -1,0 +1,173 @@
+"""Does a sequence's result depend on its company? Asked of the machine, not of a table.
+
+The check compares logits bit by bit: one token after a short context, computed beside other
+numbers of sequences and beside a prefill chunk, and a prompt prefilled in different chunks. It
+takes a few seconds, once per machine and model: the answer is kept with the converted weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from headway.core.request import Request, SamplingParams
+from headway.executor.batch import StepBatch
+
+__all__ = ["Invariance", "check_batch_invariance", "remembered_invariance"]
+
+FloatArray = npt.NDArray[np.float32]
+
+#: To be raised with every change of what is checked.
+_VERSION: Final = 2
+_NUM_SEQS: Final = 9
+_BATCHES: Final = (1, 2, 3, 5, 8)
+_PROMPT: Final = 70
+_CHUNKS: Final = (69, 32, 23)
+_NEIGHBOUR_CHUNKS: Final = (1, 40, 150)
+
+
+class Invariance(NamedTuple):
+    """The outcome.
+
+    Attributes:
+        batch: the logits of a decoding sequence are the same beside other numbers of sequences.
+        beside_prefill: and beside a prefill chunk.
+        chunks: the logits of a prompt are the same however it is cut.
+        checked: False if the pool was too small to check; the other three are then False, too.
+    """
+
+    batch: bool
+    beside_prefill: bool
+    chunks: bool
+    checked: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """All of it."""
+        return self.batch and self.beside_prefill and self.chunks
+
+    @property
+    def summary(self) -> str:
+        """In one line, for people."""
+        if not self.checked:
+            return "not checked (the pool is too small)"
+        parts = {
+            "batch size": self.batch,
+            "prefill beside it": self.beside_prefill,
+            "prompt chunks": self.chunks,
+        }
+        missing = [name for name, holds in parts.items() if not holds]
+        if not missing:
+            return "checked: results do not depend on the batch, bit for bit"
+        return f"checked: results vary in the last bits with {', '.join(missing)}"
+
+
+class _Runner(Protocol):
+    """The part of the executor that the check needs."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def batch(self, requests: Sequence[Request], num_tokens: Sequence[int]) -> StepBatch: ...
+
+    def forward(
+        self, batch: StepBatch
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]: ...
+
+
+def remembered_invariance(runner: _Runner, directory: Path, facts: str) -> Invariance:
+    """The outcome that ``directory`` has for the same ``facts``, or a new check's."""
+    name = hashlib.sha256(f"{_VERSION} {facts}".encode()).hexdigest()[:16]
+    file = directory / f"invariance-{name}.json"
+    try:
+        return Invariance(**{key: bool(one) for key, one in json.loads(file.read_text()).items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    invariance = check_batch_invariance(runner)
+    if invariance.checked:
+        with contextlib.suppress(OSError):  # it is checked again next time
+            file.write_text(json.dumps(invariance._asdict()))
+    return invariance
+
+
+def check_batch_invariance(runner: _Runner) -> Invariance:
+    """Run the check. Overwrites the pool's blocks: for a pool that nobody uses yet."""
+    check = _Check(runner)
+    if not check.fits:
+        return Invariance(False, False, False, checked=False)
+    check.prefill()
+    alone = check.decode(_NUM_SEQS)
+    batch = all(np.array_equal(check.decode(size), alone[:size]) for size in _BATCHES)
+    batch &= np.array_equal(check.decode(_NUM_SEQS, reverse=True)[::-1], alone)
+    beside = all(
+        np.array_equal(check.decode(size, chunk=chunk), alone[:size])
+        for chunk in _NEIGHBOUR_CHUNKS
+        for size in (1, 3)
+    )
+    whole = check.chunked(_PROMPT)
+    chunks = all(np.array_equal(check.chunked(size), whole) for size in _CHUNKS)
+    return Invariance(batch, beside, chunks)
+
+
+class _Check:
+    def __init__(self, runner: _Runner) -> None:
+        self._runner = runner
+        random = np.random.default_rng(0)
+        neighbour_length = max(_NEIGHBOUR_CHUNKS) + 1
+        per_seq = -(-max(_PROMPT + 1, neighbour_length) // runner.block_size)
+        self.fits = (
+            runner.num_blocks >= per_seq * (_NUM_SEQS + 1)
+            and runner.max_model_len >= neighbour_length
+        )
+        params = SamplingParams(temperature=1.0, seed=0)
+        self._requests = []
+        for index in range(_NUM_SEQS + 1):
+            length = neighbour_length if index == _NUM_SEQS else _PROMPT - 3 * index
+            tokens = random.integers(0, runner.vocab_size, length + 1).tolist()
+            request = Request(f"check-{index}", prompt=tokens[:-1], sampling_params=params)
+            request.block_table = list(range(index * per_seq, (index + 1) * per_seq))
+            # One token more than the prompt: the first generated one.
+            request.token_ids.append(tokens[-1])
+            self._requests.append(request)
+
+    def _run(self, requests: Sequence[Request], counts: Sequence[int]) -> FloatArray:
+        """The logits of the requests that reach their last token."""
+        batch = self._runner.batch(requests, counts)
+        _, logits = self._runner.forward(batch)
+        return np.array(logits)
+
+    def prefill(self) -> None:
+        for request in self._requests[:-1]:
+            self._run([request], [request.num_prompt_tokens])
+            request.num_computed_tokens = request.num_prompt_tokens
+
+    def decode(self, size: int, *, reverse: bool = False, chunk: int = 0) -> FloatArray:
+        requests = self._requests[:size]
+        if reverse:
+            requests = requests[::-1]
+        counts = [1] * size
+        if chunk:
+            requests = [*requests, self._requests[-1]]
+            counts.append(chunk)
+        return self._run(requests, counts)
+
+    def chunked(self, size: int) -> FloatArray:
+        """The logits of the token after a prompt that was prefilled in chunks of ``size``."""
+        request = self._requests[0]
+        request.num_computed_tokens = 0
+        while request.num_computed_tokens < request.num_prompt_tokens:
+            count = min(size, request.num_prompt_tokens - request.num_computed_tokens)
+            self._run([request], [count])
+            request.num_computed_tokens += count
+        return self._run([request], [1])

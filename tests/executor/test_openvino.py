@@ -1,0 +1,317 @@
+"""The executor against a reference in numpy, and its promises: chunks, batches and swaps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import TinyModel
+
+from headway.core.errors import ConfigError, InternalError, ModelError
+from headway.core.request import Request, SamplingParams
+from headway.core.scheduler_output import SchedulerOutput
+from headway.executor.openvino import OpenVINOExecutor
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
+NUM_BLOCKS = 60
+
+MODELS: dict[str, TinyModel] = {
+    "llama": TinyModel("llama"),
+    "llama, untied": TinyModel("llama", tied=False, num_kv_heads=4),
+    "llama 3 rope": TinyModel(
+        "llama", rope_factors=np.linspace(1.0, 8.0, 8).astype(np.float32), rope_theta=5e5
+    ),
+    "llama, linear rope": TinyModel(
+        "llama", extra={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    ),
+    "qwen2": TinyModel("qwen2", num_kv_heads=1),
+    "qwen3": TinyModel("qwen3", head_dim=32, tied=False),
+}
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., OpenVINOExecutor]]:
+    """Executors by model name, each built once a module."""
+    home = tmp_path_factory.mktemp("home")
+    executors: dict[str, OpenVINOExecutor] = {}
+
+    def build(name: str, **options: object) -> OpenVINOExecutor:
+        key = f"{name} {sorted(options.items())}"
+        if key not in executors:
+            path = home / f"{len(executors)}.gguf"
+            MODELS[name].write(path)
+            block_bytes = 32 * 2 * 4 * 8 * MODELS[name].num_layers * 16  # more than any precision's
+            settings: dict[str, object] = {
+                "kv_cache_bytes": NUM_BLOCKS * block_bytes,
+                "swap_space_bytes": NUM_BLOCKS * block_bytes,
+                "home": home,
+                "num_threads": 2,
+            }
+            executors[key] = OpenVINOExecutor(path, **(settings | options))  # type: ignore[arg-type]
+        return executors[key]
+
+    yield build
+    for executor in executors.values():
+        executor.close()
+
+
+class Pool:
+    """Hands out blocks and runs steps, as the scheduler and the engine would."""
+
+    def __init__(self, executor: OpenVINOExecutor, seed: int = 0) -> None:
+        self.executor = executor
+        self.random = np.random.default_rng(seed)
+        self.free = self.random.permutation(executor.num_blocks).tolist()
+
+    def request(
+        self, length: int, params: SamplingParams = GREEDY, tokens: list[int] | None = None
+    ) -> Request:
+        if tokens is None:
+            tokens = self.random.integers(0, self.executor.vocab_size, length).tolist()
+        return Request(f"r{len(self.free)}-{length}", prompt=tokens, sampling_params=params)
+
+    def step(
+        self, *work: tuple[Request, int], output: SchedulerOutput | None = None
+    ) -> list[int | None]:
+        if output is None:  # not "or": one without requests is falsy
+            output = SchedulerOutput()
+        for request, count in work:
+            output.requests.append(request)
+            output.num_scheduled_tokens.append(count)
+            end = request.num_computed_tokens + count
+            while len(request.block_table) * self.executor.block_size < end:
+                request.block_table.append(self.free.pop())
+        sampled = self.executor.execute(output).sampled_token_ids
+        for (request, count), token in zip(work, sampled, strict=True):
+            request.num_computed_tokens += count
+            if token is not None:
+                request.token_ids.append(token)
+        return sampled
+
+    def logits(self, *work: tuple[Request, int]) -> np.ndarray:
+        """The logits of a step's sampled requests, which must all be sampling ones."""
+        requests = [request for request, _ in work]
+        for request, count in work:
+            end = request.num_computed_tokens + count
+            while len(request.block_table) * self.executor.block_size < end:
+                request.block_table.append(self.free.pop())
+        batch = self.executor.batch(requests, [count for _, count in work])
+        return self.executor.forward(batch)[1].copy()
+
+
+RANDOM = SamplingParams(temperature=1.0, seed=1, max_tokens=64)
+
+
+@pytest.mark.parametrize("weight_format", ["f32", "u8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_reference_s(
+    make: Callable[..., OpenVINOExecutor], name: str, weight_format: str
+) -> None:
+    """Prefill over several blocks, then decode; every position's logits against numpy."""
+    executor = make(name, weight_format=weight_format)
+    pool = Pool(executor)
+    tokens = pool.random.integers(0, executor.vocab_size, 90).tolist()
+    want = MODELS[name].logits(tokens)
+    # Rounding: of the weights to 8 bits, or of keys and values (and products, if bf16) alone.
+    coarse = weight_format == "u8" or executor.precision.arithmetic == "bf16"
+    tolerance = 0.15 if coarse else 0.01
+    request = pool.request(0, RANDOM, tokens[:80])
+    for end in range(80, 91):
+        got = pool.logits((request, request.num_tokens - request.num_computed_tokens))
+        np.testing.assert_allclose(got[0], want[end - 1], atol=tolerance * np.std(want) * 4)
+        request.num_computed_tokens = request.num_tokens
+        if end < 90:
+            request.token_ids.append(tokens[end])
+
+
+def test_greedy_is_the_reference_s_argmax(make: Callable[..., OpenVINOExecutor]) -> None:
+    executor = make("qwen3", weight_format="f32")
+    pool = Pool(executor)
+    request = pool.request(40)
+    for _ in range(8):
+        want = MODELS["qwen3"].logits(request.token_ids)[-1]
+        (token,) = pool.step((request, request.num_tokens - request.num_computed_tokens))
+        assert token is not None
+        assert want[token] >= want.max() - 0.02 * want.std()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_chunked_prefill_is_the_whole_prefill(
+    make: Callable[..., OpenVINOExecutor], name: str
+) -> None:
+    pool = Pool(make(name))
+    whole = pool.request(100, RANDOM)
+    want = pool.logits((whole, 100))
+    for size in (1, 7, 32, 33, 50, 99):
+        request = pool.request(0, RANDOM, whole.prompt_token_ids)
+        while request.num_computed_tokens < 100:
+            count = min(size, 100 - request.num_computed_tokens)
+            got = pool.logits((request, count))
+            request.num_computed_tokens += count
+        assert len(got) == 1
+        if pool.executor.invariance.chunks:
+            np.testing.assert_array_equal(got, want)
+        np.testing.assert_allclose(got, want, atol=0.1)
+        pool.free += request.block_table
+
+
+def test_a_step_mixes_prefill_decode_and_sampling(make: Callable[..., OpenVINOExecutor]) -> None:
+    executor = make("llama")
+    pool = Pool(executor)
+    prompts = [pool.request(length) for length in (5, 40, 33)]
+    alone = []
+    for request in prompts:
+        twin = pool.request(0, GREEDY, request.prompt_token_ids)
+        tokens = [pool.step((twin, twin.num_tokens))[0]]
+        tokens += [pool.step((twin, 1))[0] for _ in range(6)]
+        alone.append(tokens)
+        pool.free += twin.block_table
+    first, second, third = prompts
+    sampling = pool.request(12, SamplingParams(temperature=0.8, seed=5))
+    got: list[list[int | None]] = [[], [], []]
+    assert pool.step((first, 5), (second, 20)) == [first.token_ids[-1], None]
+    got[0].append(first.token_ids[-1])
+    tokens = pool.step((first, 1), (second, 20), (sampling, 12), (third, 30))
+    assert tokens[3] is None
+    assert tokens[2] is not None
+    got[0].append(tokens[0])
+    got[1].append(tokens[1])
+    tokens = pool.step((third, 3), (first, 1), (sampling, 1), (second, 1))
+    got[2].append(tokens[0])
+    got[0].append(tokens[1])
+    got[1].append(tokens[3])
+    for _ in range(4):
+        for one, token in zip(got, pool.step((first, 1), (second, 1), (third, 1)), strict=True):
+            one.append(token)
+    for want, have in zip(alone, got, strict=True):
+        assert have == want[: len(have)]
+
+
+def test_sampled_tokens_do_not_depend_on_the_company(
+    make: Callable[..., OpenVINOExecutor],
+) -> None:
+    executor = make("qwen2")
+    params = SamplingParams(temperature=1.2, top_k=40, top_p=0.95, seed=7, max_tokens=32)
+    pool = Pool(executor)
+    alone = pool.request(30, params)
+    pool.step((alone, 30))
+    for _ in range(10):
+        pool.step((alone, 1))
+    others = [pool.request(length) for length in (3, 20, 45)]
+    beside = pool.request(0, params, alone.prompt_token_ids)
+    pool.step((others[0], 3), (beside, 30), (others[1], 20))
+    for _ in range(9):
+        pool.step((others[0], 1), (others[2], 4), (beside, 1))
+    pool.step((beside, 1))
+    assert beside.token_ids == alone.token_ids
+    assert len(set(alone.output_token_ids)) > 1
+
+
+def test_swap_and_copies_move_whole_blocks(make: Callable[..., OpenVINOExecutor]) -> None:
+    executor = make("llama")
+    pool = Pool(executor)
+    undisturbed = pool.request(70)
+    pool.step((undisturbed, 70))
+    for _ in range(8):
+        pool.step((undisturbed, 1))
+    request = pool.request(0, GREEDY, undisturbed.prompt_token_ids)
+    pool.step((request, 70))
+    for turn in range(8):
+        # Out to the swap space, the blocks overwritten by somebody else, in to other blocks.
+        output = SchedulerOutput()
+        slots = [5 + turn, 0, executor.num_swap_blocks - 1 - turn]
+        output.swap_out = list(zip(request.block_table, slots, strict=True))
+        executor.execute(output)
+        intruder = pool.request(90)
+        intruder.block_table = list(request.block_table)
+        pool.step((intruder, 90))
+        fresh = [pool.free.pop() for _ in slots]
+        output = SchedulerOutput()
+        output.swap_in = list(zip(slots, fresh, strict=True))
+        pool.free += request.block_table
+        request.block_table = fresh
+        pool.step((request, 1), output=output)
+    assert request.token_ids == undisturbed.token_ids
+
+
+def test_a_copied_block_is_the_same_context(make: Callable[..., OpenVINOExecutor]) -> None:
+    pool = Pool(make("llama"))
+    parent = pool.request(50)
+    pool.step((parent, 50))
+    child = pool.request(0, GREEDY, parent.prompt_token_ids)
+    child.token_ids = list(parent.token_ids)
+    child.num_computed_tokens = parent.num_computed_tokens
+    copy = pool.free.pop()
+    child.block_table = [parent.block_table[0], copy]
+    output = SchedulerOutput()
+    output.block_copies = [(parent.block_table[1], copy)]
+    tokens = pool.step((parent, 1), (child, 1), output=output)
+    assert tokens[0] == tokens[1]
+
+
+def test_a_step_without_requests_only_moves_blocks(make: Callable[..., OpenVINOExecutor]) -> None:
+    executor = make("llama")
+    output = SchedulerOutput()
+    output.block_copies = [(0, 1)]
+    assert executor.execute(output).sampled_token_ids == []
+
+
+def test_batch_invariance_is_checked_and_holds_here(
+    make: Callable[..., OpenVINOExecutor],
+) -> None:
+    executor = make("llama")
+    assert executor.invariance.checked
+    assert executor.describe()["batch invariance"] == executor.invariance.summary
+
+
+def test_long_context_up_to_the_last_position(make: Callable[..., OpenVINOExecutor]) -> None:
+    executor = make("qwen2", weight_format="f32")
+    pool = Pool(executor)
+    length = executor.max_model_len
+    request = pool.request(length, RANDOM)
+    want = MODELS["qwen2"].logits(request.token_ids)[-1]
+    while request.num_computed_tokens + 128 < length:
+        pool.step((request, 128))
+    got = pool.logits((request, length - request.num_computed_tokens))
+    np.testing.assert_allclose(got[0], want, atol=0.04 * want.std())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kv_cache_bytes": 0}, "kv_cache_bytes is 0"),
+        ({"kv_cache_bytes": 10}, "a single block of 32 tokens takes"),
+        ({"swap_space_bytes": -1}, "swap_space_bytes is -1"),
+        ({"max_model_len": 513}, "the model's context is 512"),
+        ({"num_threads": 0}, "num_threads is 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+    ],
+    ids=str,
+)
+def test_refuses_settings_out_of_range(tmp_path: Path, options: dict[str, int], words: str) -> None:
+    path = MODELS["llama"].write(tmp_path / "m.gguf")
+    with pytest.raises(ConfigError, match=words):
+        OpenVINOExecutor(path, home=tmp_path, **options)  # type: ignore[arg-type]
+
+
+def test_refuses_files_that_are_no_models(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    for data in (b"", b"GGUF", b"not a model" * 100):
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match=r"m\.gguf"):
+            OpenVINOExecutor(path, home=tmp_path)
+    with pytest.raises(ModelError, match="nowhere"):
+        OpenVINOExecutor(tmp_path / "nowhere.gguf", home=tmp_path)
+
+
+def test_default_pool_is_capped_by_what_the_sequences_can_fill(tmp_path: Path) -> None:
+    path = MODELS["llama"].write(tmp_path / "m.gguf")
+    executor = OpenVINOExecutor(path, home=tmp_path, max_num_seqs=3, max_model_len=100)
+    assert executor.num_blocks == 3 * 4
+    assert executor.num_swap_blocks > 0
+    executor.close()
+    executor.close()
+    with pytest.raises(InternalError, match="closed"):
+        executor.execute(SchedulerOutput())
