@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_models import TinyModel
 
+from headway.core.errors import DamagedModel, ModelError
 from headway.models.conversion import ConvertedWeights, WeightFormat, load_converted, quantize_u8
 
 
@@ -104,6 +106,29 @@ def test_nothing_is_left_of_a_conversion_that_failed(tmp_path: Path) -> None:
     model = TinyModel("llama")
     del model.tensors["blk.1.ffn_down.weight"]
     path = model.write(tmp_path / "m.gguf")
-    with pytest.raises(Exception, match="missing"):
+    with pytest.raises(DamagedModel, match="missing"):
         load(path, tmp_path / "home")
     assert [one.name for one in (tmp_path / "home").iterdir()] == ["checksums"]
+
+
+def test_an_entry_of_another_version_is_replaced(tmp_path: Path) -> None:
+    path = TinyModel("llama").write(tmp_path / "m.gguf")
+    home = tmp_path / "home"
+    _, old = load_converted(path, "f32", home, "1")
+    other_format = load(path, home, "u8").directory
+    _, new = load_converted(path, "f32", home, "2")
+    assert not old.directory.exists()
+    assert new.directory.is_dir()
+    assert other_format.is_dir()
+    # What a running process has mapped does not go away under it.
+    np.testing.assert_array_equal(old["0.qkv"], new["0.qkv"])
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("headway.models.conversion._write", full)
+    path = TinyModel("llama").write(tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"m\.gguf: .*No space left"):
+        load(path, tmp_path / "home")

@@ -83,14 +83,15 @@ class SchedulerConfig:
             "block_size": 1,
             "num_swap_blocks": 0,
         }
+        if self.max_model_len is not None:
+            minimums["max_model_len"] = 2
         for name, minimum in minimums.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ConfigError(f"{name} is {value!r}, must be an integer of at least {minimum}")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ConfigError(f"max_model_len is {self.max_model_len}, must be at least 2")
         if self.max_step_ms is not None and not 0 < self.max_step_ms < math.inf:
             raise ConfigError(f"max_step_ms is {self.max_step_ms}, must be above 0")
+        object.__setattr__(self, "eos_token_ids", frozenset(self.eos_token_ids))
         try:
             mode = PreemptionMode(self.preemption_mode)
         except ValueError:

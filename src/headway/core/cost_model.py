@@ -151,8 +151,9 @@ class TimeBudget:
         left = self.limit_ms - self.spent_ms
         if count == 1:
             return int(is_first or self.per_seq + self.per_context * num_context_tokens <= left)
-        fitting = max(0, int(left / self.per_prefill)) if self.per_prefill > 0 else count
-        return min(count, max(fitting, SMALLEST_CHUNK if is_first else 0))
+        # Rounding must not deny what ``allows`` has granted: a hair more than the quotient.
+        fitting = left / self.per_prefill * (1 + 1e-12) if self.per_prefill > 0 else count
+        return int(min(count, max(fitting, SMALLEST_CHUNK if is_first else 0)))
 
     def spend(self, count: int, num_context_tokens: int) -> None:
         """Count ``count`` tokens of one request as spent."""

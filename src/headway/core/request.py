@@ -6,6 +6,8 @@ The life of a request is a small graph (``TRANSITIONS``) and one method that wal
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -69,21 +71,31 @@ class SamplingParams:
             raise InvalidRequest(f"top_k is {self.top_k!r}, must be −1, 0 (all) or positive")
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed <= _MAX_SEED):
             raise InvalidRequest(f"seed is {self.seed!r}, must be 0 … 2**64 − 1")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        try:
+            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            are_texts = all(isinstance(text, str) and text for text in stop)
+        except TypeError:
+            are_texts = False
+        if not are_texts:
             raise InvalidRequest(f"stop is {self.stop!r}, must be texts of at least one character")
+        try:
+            stop_token_ids = frozenset(self.stop_token_ids)
+        except TypeError:
+            raise InvalidRequest(
+                f"stop_token_ids is {self.stop_token_ids!r}, must be token ids"
+            ) from None
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", frozenset(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
 
 
 class RequestStatus(Enum):
     """Where a request stands. ``is_finished`` separates the two halves."""
 
-    #: Never scheduled, or forked and not yet; holds no blocks unless forked.
+    #: Never scheduled; holds no blocks.
     WAITING = "waiting"
     #: In the step that was scheduled last.
     RUNNING = "running"
-    #: Sat the last step out, its blocks in the pool.
+    #: Sat the last step out, or forked and not scheduled yet; its blocks are in the pool.
     PAUSED = "paused"
     #: Holds no blocks in the pool; its contents are in the swap space.
     SWAPPED = "swapped"
@@ -145,7 +157,8 @@ class Request:
             ``deadline`` policy.
 
     Raises:
-        InvalidRequest: an empty prompt or id, a priority that is no int64, ``max_tokens`` < 1.
+        InvalidRequest: an empty prompt or id, a token that is no id, a priority that is no int64,
+            ``max_tokens`` < 1, a time that is not finite.
     """
 
     __slots__ = (
@@ -201,10 +214,16 @@ class Request:
         elif max_tokens is not None:
             raise InvalidRequest("give max_tokens or sampling_params, not both")
         if prompt_token_ids is None:
-            prompt_token_ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
-        token_ids = list(prompt_token_ids)
-        if not token_ids:
-            raise InvalidRequest(f"prompt of request {request_id!r} is empty, needs 1 token")
+            if isinstance(prompt, str):
+                prompt_token_ids = prompt.encode(errors="surrogatepass")
+            else:
+                prompt_token_ids = prompt
+        token_ids = _checked_token_ids(request_id, prompt_token_ids)
+        for name, seconds in (("arrival_time", arrival_time), ("deadline", deadline)):
+            if seconds is not None and not (_is_number(seconds) and math.isfinite(seconds)):
+                raise InvalidRequest(
+                    f"{name} of request {request_id!r} is {seconds!r}, must be finite seconds"
+                )
 
         self.request_id = request_id
         #: Smaller is more urgent. Changed through ``PriorityScheduler.set_priority`` only.
@@ -332,6 +351,22 @@ def check_priority(request_id: str, priority: object) -> None:
             f"priority of request {request_id!r} is {priority!r}, must be an int64 "
             f"({MIN_PRIORITY} … {MAX_PRIORITY})"
         )
+
+
+def _checked_token_ids(request_id: str, prompt: Sequence[int]) -> list[int]:
+    """A copy of the prompt's tokens; they must be what blocks are hashed from. O(tokens)."""
+    try:
+        token_ids = list(prompt)
+        smallest = min(array("q", token_ids), default=None)
+    except (TypeError, OverflowError):
+        smallest = -1
+    if smallest is None:
+        raise InvalidRequest(f"prompt of request {request_id!r} is empty, needs 1 token")
+    if smallest < 0:
+        raise InvalidRequest(
+            f"prompt of request {request_id!r} must be a text or token ids of 0 … 2**63 − 1"
+        )
+    return token_ids
 
 
 def _is_int(value: object) -> bool:

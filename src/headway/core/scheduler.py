@@ -127,12 +127,7 @@ class PriorityScheduler:
             InvalidRequest: it was added before.
         """
         now = self._advance(now)
-        if request.request_id in self.requests:
-            raise DuplicateRequest(f"request id {request.request_id!r} is in use")
-        if request.status is not RequestStatus.WAITING or request.sequence >= 0:
-            raise InvalidRequest(
-                f"request {request.request_id!r} is {request.status.value}; add a fresh one"
-            )
+        self._check_fresh(request)
         self.check_length(request)
         if request.arrival_time is None:
             request.arrival_time = now
@@ -170,9 +165,13 @@ class PriorityScheduler:
                 f"request {child.request_id!r} has {child.num_prompt_tokens} prompt tokens, must "
                 f"have the {parent.num_prompt_tokens} of {request_id!r} (deterministic)"
             )
-        if child.request_id in self.requests:
-            raise DuplicateRequest(f"request id {child.request_id!r} is in use")
+        self._check_fresh(child)
         self.check_length(child)
+        if child.num_output_tokens >= child.max_tokens:
+            raise InvalidRequest(
+                f"request {child.request_id!r} starts with {child.num_output_tokens} generated "
+                f"tokens, max_tokens is {child.max_tokens}"
+            )
         child.arrival_time = parent.arrival_time
         self._enrol(child)
         self.kv_cache.fork(parent, child)
@@ -239,7 +238,8 @@ class PriorityScheduler:
         """Fill one step from the top of the ranking.
 
         O(residents + admitted·log waiting + blocks moved). Calling it again without
-        ``update_from_output`` in between decides the same again.
+        ``update_from_output`` in between chooses the same requests again; block operations
+        are told once, so no output may be dropped.
         """
         now = self._advance(now)
         self.kv_cache.begin_step()
@@ -335,9 +335,10 @@ class PriorityScheduler:
                 self.kv_cache.commit(
                     request, (computed - count) // block_size, computed // block_size
                 )
-            if token_id is None:
-                continue
             token_ids = request.token_ids
+            if token_id is None:
+                assert computed < len(token_ids), "a token is due, and none was sampled"
+                continue
             assert computed == len(token_ids), "a token was sampled before its time"
             token_ids.append(token_id)
             if request.first_token_time is None:
@@ -416,7 +417,8 @@ class PriorityScheduler:
 
         Asked before anybody yields for it. Three tokens always make a deterministic chunk.
         """
-        smallest = min(SMALLEST_CHUNK, request.num_tokens)
+        chunk = SMALLEST_CHUNK if self.config.deterministic else 1
+        smallest = min(chunk, request.num_tokens)
         return budget >= smallest and (is_first or time.allows(smallest, request.num_tokens))
 
     def _extend(
@@ -490,28 +492,47 @@ class PriorityScheduler:
         """Whom to take ``shortage`` blocks from: (victim, blocks it keeps), last-ranked first.
 
         A block that several requests share is gained only when all of them are victims; and
-        ``shared`` needs no copy any more when all but the beneficiary are.
-        Empty if even all of ``resident[first_victim:]`` hold too little. O(blocks looked at).
+        ``shared`` needs no copy any more when all but the beneficiary are. Whoever holds only
+        blocks that would not be gained is spared.
+        Empty if even all of ``resident[first_victim:]`` hold too little. O(residents + blocks
+        looked at).
         """
-        manager = self.block_manager
+        resident, ref_counts = self.resident, self.block_manager.ref_counts
         taken: Counter[int] = Counter()
-        plan: list[tuple[Request, int]] = []
-        for position in range(len(self.resident) - 1, first_victim - 1, -1):
-            victim = self.resident[position]
+        tried: list[tuple[Request, int]] = []
+        for position in range(len(resident) - 1, first_victim - 1, -1):
+            victim = resident[position]
             num_kept = len(victim.block_table)
             while num_kept and shortage:
                 num_kept -= 1
                 block = victim.block_table[num_kept]
                 taken[block] += 1
-                shortage -= taken[block] == manager.ref_counts[block] - (block == shared)
+                shortage -= taken[block] == ref_counts[block] - (block == shared)
+            tried.append((victim, num_kept))
+            if not shortage:
+                break
+            if len(tried) == 1:  # a blocked head asks in every step: do not try all in vain
+                others = resident[first_victim:position]
+                if sum(len(other.block_table) for other in others) < shortage:
+                    return []
+        if shortage:
+            return []
+        plan = []
+        for victim, num_tried in tried:
+            table, num_kept = victim.block_table, num_tried
+            while num_kept < len(table):
+                block = table[num_kept]
+                if taken[block] == ref_counts[block] - (block == shared):
+                    break
+                num_kept += 1
+            if num_kept == len(table):
+                continue
             if self.mode not in _TAIL_MODES:
                 num_kept = 0
             elif num_kept and self.kv_cache.leaves_one(victim, num_kept):
                 num_kept -= 1
             plan.append((victim, num_kept))
-            if not shortage:
-                return plan
-        return []
+        return plan
 
     def _evict(
         self,
@@ -554,6 +575,14 @@ class PriorityScheduler:
             return self.requests[request_id]
         except KeyError:
             raise UnknownRequest(f"no unfinished request has the id {request_id!r}") from None
+
+    def _check_fresh(self, request: Request) -> None:
+        if request.request_id in self.requests:
+            raise DuplicateRequest(f"request id {request.request_id!r} is in use")
+        if request.status is not RequestStatus.WAITING or request.sequence >= 0:
+            raise InvalidRequest(
+                f"request {request.request_id!r} is {request.status.value}; add a fresh one"
+            )
 
     def check_length(self, request: Request) -> None:
         """Refuse what could never be served; reads settings only, so any thread may ask.

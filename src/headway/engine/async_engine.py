@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from typing import TypeVar
 
-from headway.core.errors import DuplicateRequest, EngineStopped, HeadwayError, QueueFull
+from headway.core.errors import DuplicateRequest, EngineStopped, QueueFull
 from headway.core.request import Request, SamplingParams
 from headway.engine.engine import Engine
 from headway.engine.llm import Prompt, tokenize_prompt
@@ -20,11 +21,14 @@ from headway.engine.outputs import EngineOutput, RequestOutput
 
 __all__ = ["AsyncEngine"]
 
+_T = TypeVar("_T")
+
 
 class _Stream:
     """Outputs of one request that its reader has not taken yet; touched by the loop only."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: Request) -> None:
+        self.request = request
         self.pending: list[EngineOutput] = []
         self.ready = asyncio.Event()
 
@@ -61,6 +65,8 @@ class AsyncEngine:
         self._is_stopping = False
         #: Why the step thread ended, if it did so by itself.
         self._failure: BaseException | None = None
+        #: Once nothing is served any more: what every reader is told; the loop's own.
+        self._stopped: EngineStopped | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="headway-step", daemon=True)
         engine.on_ingress = self._wake.set
@@ -74,7 +80,7 @@ class AsyncEngine:
 
     def start(self) -> None:
         """Start the step thread; must be called in the event loop. Idempotent."""
-        if self._loop is None:
+        if self._loop is None and not self._is_stopping:
             self._loop = asyncio.get_running_loop()
             self._thread.start()
 
@@ -106,40 +112,36 @@ class AsyncEngine:
             EngineStopped: the engine was shut down, or its step loop died.
         """
         self.start()
-        tokenizer = self.engine.tokenizer
-        assert tokenizer is not None
         request = Request(
             f"req-{next(self._ids)}" if request_id is None else request_id,
             priority,
             prompt if isinstance(prompt, str) else "",
-            prompt_token_ids=tokenize_prompt(tokenizer, prompt),
+            prompt_token_ids=tokenize_prompt(self.engine.tokenizer, prompt),
             sampling_params=sampling_params,
             deadline=deadline,
         )
         if request.request_id in self._streams:
             raise DuplicateRequest(f"request id {request.request_id!r} is in use")
-        stream = self._streams[request.request_id] = _Stream()
-        is_done = False
+        stream = self._streams[request.request_id] = _Stream(request)
+        is_served = False
         try:
             await self._submit(request, wait_for_room)
+            is_served = True
             result = RequestOutput.of(request)
-            while not is_done:
+            while is_served:
                 new_text = ""
                 for output in await stream.take():
+                    is_served = output.finish_reason is None
                     if output.error is not None:
-                        is_done = True
                         raise output.error
                     result.extend(output)
                     new_text += output.text
-                is_done = result.finished
                 result.new_text = new_text
                 yield result
-        except (HeadwayError, GeneratorExit, asyncio.CancelledError):
-            if not is_done and self._failure is None:
-                await self._abort_soon(request.request_id)
-            raise
         finally:
             del self._streams[request.request_id]
+            if is_served:  # the reader has gone
+                await self._abort_soon(request.request_id)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator yields a last output with ``finish_reason="abort"``."""
@@ -168,8 +170,8 @@ class AsyncEngine:
 
     async def _submit(self, request: Request, wait_for_room: bool) -> None:
         while True:
-            if self._is_stopping or self._failure is not None:
-                raise EngineStopped("the engine has been stopped") from self._failure
+            if self._is_stopping or self._stopped is not None:
+                raise self._stopped or EngineStopped("the engine has been stopped")
             self._room.clear()
             try:
                 self.engine.submit(request)
@@ -180,30 +182,39 @@ class AsyncEngine:
             await self._room.wait()
 
     async def _abort_soon(self, request_id: str) -> None:
-        with suppress(EngineStopped):
-            while True:
-                self._room.clear()
-                try:
-                    self.engine.abort(request_id)
-                    return
-                except QueueFull:
-                    await self._room.wait()
+        while self._stopped is None:
+            self._room.clear()
+            try:
+                self.engine.abort(request_id)
+                return
+            except QueueFull:
+                await self._room.wait()
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request.request_id)
-            if stream is not None:
+            # The id may have been another request's, whose reader has gone or never was.
+            if stream is not None and stream.request is output.request:
                 stream.put(output)
+        self._room.set()
+
+    def _end(self, stopped: EngineStopped) -> None:
+        """Nothing is served any more: tell those who read, and from now on those who come."""
+        self._stopped = stopped
+        for stream in self._streams.values():
+            stream.put(EngineOutput(stream.request, finish_reason="abort", error=stopped))
         self._room.set()
 
     # ------------------------------------------------------------------ the step thread's side
 
     def _run(self) -> None:
         try:
-            while not self._is_stopping:
-                self._wake.clear()
+            while True:
+                self._wake.clear()  # before looking: what is set from here on is not lost
+                if self._is_stopping:
+                    break
                 if self.engine.has_work:
-                    self._hand_over(self.engine.step())
+                    self._call_soon(self._deliver, self.engine.step())
                 else:
                     self._wake.wait()
         except BaseException as error:  # whatever it is, every reader must hear of it
@@ -213,9 +224,14 @@ class AsyncEngine:
             if self._failure is None
             else f"the step loop died of {type(self._failure).__name__}: {self._failure}"
         )
-        self._hand_over(self.engine.abort_all(stopped))
+        stopped.__cause__ = self._failure
+        try:
+            self.engine.abort_all(stopped)
+        finally:
+            # On the loop, where requests are submitted, so that none slips in unseen.
+            self._call_soon(self._end, stopped)
 
-    def _hand_over(self, outputs: list[EngineOutput]) -> None:
+    def _call_soon(self, callback: Callable[[_T], None], argument: _T) -> None:
         assert self._loop is not None
         with suppress(RuntimeError):  # the loop is closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._deliver, outputs)
+            self._loop.call_soon_threadsafe(callback, argument)

@@ -70,7 +70,7 @@ class Engine:
 
     Args:
         executor: runs the steps.
-        scheduler: decides them; its pool must be the executor's.
+        scheduler: decides them; its pool may be smaller than the executor's, not larger.
         tokenizer: turns tokens into text; None hands out tokens only.
         clock: seconds; arrival times come from it.
         max_num_queued_reqs: ``submit`` refuses when so many wait for their first step.
@@ -87,7 +87,7 @@ class Engine:
         max_num_queued_reqs: int = 100_000,
         ingress_capacity: int = 1024,
     ) -> None:
-        assert scheduler.config.num_blocks == executor.num_blocks
+        assert scheduler.config.num_blocks <= executor.num_blocks
         assert scheduler.config.block_size == executor.block_size
         assert scheduler.config.num_swap_blocks <= executor.num_swap_blocks
         self.executor = executor

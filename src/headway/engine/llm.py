@@ -171,21 +171,28 @@ class LLM:
         return list(results.values())
 
 
-def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def tokenize_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
     """The tokens of a prompt.
 
     Raises:
-        InvalidRequest: it is neither a text nor a list of token ids, or it is empty.
+        InvalidRequest: it is neither a text nor a list of token ids, or it is empty; or a text,
+            and there is no tokenizer.
     """
     if isinstance(prompt, str):
         if not prompt:
             raise InvalidRequest("the prompt is empty, needs at least 1 character")
+        if tokenizer is None:
+            raise InvalidRequest("the engine has no tokenizer, the prompt must be token ids")
         return tokenizer.encode(prompt)
-    token_ids = list(prompt)
-    if not token_ids or not all(
-        isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in token_ids
-    ):
-        raise InvalidRequest("a prompt must be a text or a non-empty list of token ids")
+    if not isinstance(prompt, Sequence):
+        kind = type(prompt).__name__
+        raise InvalidRequest(f"the prompt is of type {kind}, must be a text or a list of token ids")
+    token_ids: list[Any] = list(prompt)
+    for token_id in token_ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise InvalidRequest(f"the prompt holds {token_id!r}, must be a text or token ids")
+    if not token_ids:
+        raise InvalidRequest("the prompt is empty, needs at least 1 token")
     return token_ids
 
 

@@ -32,18 +32,20 @@ class StepBatch(NamedTuple):
             outputs belongs to request ``sampled[i]``; rows beyond are padding.
         random: of the sampled rows, those that need their logits; row j of the graph's logits
             belongs to the request ``sampled[random[j]]``.
+        copies: (source, destination) blocks of the pool to copy before the pass.
     """
 
     inputs: dict[str, IntArray]
     sampled: list[int]
     random: list[int]
+    copies: list[tuple[int, int]]
 
 
 def build_batch(
     requests: Sequence[Request],
     num_scheduled_tokens: Sequence[int],
     block_size: int,
-    scratch_block: int,
+    scratch_blocks: Sequence[int],
     min_rows: int = 1,
     min_chunk: int = 1,
 ) -> StepBatch:
@@ -54,13 +56,14 @@ def build_batch(
             ``num_computed_tokens`` on are computed, and its block table has room for them.
         num_scheduled_tokens: parallel to ``requests``.
         block_size: tokens in a block.
-        scratch_block: a block outside the pool, for what padding writes.
+        scratch_blocks: outside the pool: one for what padding writes, and one for each request of
+            a step.
         min_rows: a step of fewer tokens, or of fewer sampled rows, is padded to that many. A
             matrix product of one row runs in another kernel than larger ones, with another order
             of summation; padding makes a request's result independent of its company.
         min_chunk: a chunk of fewer prompt tokens computes some before it once more. Attention for
             one token is another kernel than for several; so a prompt gives the same result even
-            where a chunk of one token is left over. What is written again are the same bits.
+            where a chunk of one token is left over. At most ``block_size`` + 1.
     """
     tokens: list[int] = []
     past_lens: list[int] = []
@@ -69,16 +72,25 @@ def build_batch(
     block_counts: list[int] = []
     sampled: list[int] = []
     random: list[int] = []
+    copies: list[tuple[int, int]] = []
     for index, (request, count) in enumerate(zip(requests, num_scheduled_tokens, strict=True)):
         start = request.num_computed_tokens
         end = start + count
-        if count < min_chunk and end <= request.num_prompt_tokens:
-            start = max(0, end - min_chunk)
+        needed = -(-end // block_size)
+        table = request.block_table[:needed]
+        if count < min_chunk and end <= request.num_prompt_tokens and start:
+            first = max(0, end - min_chunk)
+            if first // block_size < start // block_size:
+                # The block before may be shared, and hold what decoding computed, which differs
+                # in the last bits: its other readers must not see it written again.
+                scratch = scratch_blocks[1 + len(copies)]
+                copies.append((table[first // block_size], scratch))
+                table[first // block_size] = scratch
+            start = first
             lengths[index] = end - start
         tokens += request.token_ids[start:end]
         past_lens.append(start)
-        needed = -(-end // block_size)
-        blocks += request.block_table[:needed]
+        blocks += table
         block_counts.append(needed)
         if end == len(request.token_ids):
             params = request.sampling_params
@@ -90,7 +102,7 @@ def build_batch(
         tokens.append(_PADDING_TOKEN)
         past_lens.append(0)
         lengths.append(1)
-        blocks.append(scratch_block)
+        blocks.append(scratch_blocks[0])
         block_counts.append(1)
 
     begins = np.array([0, *accumulate(lengths)], dtype=np.int32)
@@ -116,4 +128,5 @@ def build_batch(
         },
         sampled=sampled,
         random=random,
+        copies=copies,
     )

@@ -18,6 +18,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -34,7 +35,7 @@ from headway.executor.sampler import Sampler
 from headway.executor.swap import BlockStore
 from headway.models.conversion import ConvertedWeights, Progress, WeightFormat, load_converted
 from headway.models.gguf import ModelConfig
-from headway.models.graph import CACHE_NAMES, build_model
+from headway.models.graph import CACHE_NAMES, GRAPH_VERSION, build_model
 from headway.models.registry import default_home
 
 __all__ = ["KVCacheDtype", "OpenVINOExecutor", "Precision"]
@@ -78,7 +79,7 @@ class OpenVINOExecutor:
             ``max_num_seqs`` full contexts take.
         swap_space_bytes: limit of the swap space, 0 for none; by default 1 GiB, but no more than
             an eighth of the free memory. Untouched slots cost nothing.
-        max_num_seqs: sequences that a step may have at most.
+        max_num_seqs: sequences that a step has at most.
         max_model_len: the longest context to serve, in tokens; by default the model's own.
         num_threads: for the computation; by default what the plug-in thinks best.
         home: Headway's directory; by default ``$HEADWAY_HOME`` or ``~/.cache/headway``.
@@ -127,12 +128,11 @@ class OpenVINOExecutor:
             # Tokens written twice into a quantised block would quantise it twice.
             1 if kv_cache_dtype == "u8" else best.min_chunk,
         )
-        facts = f"{ov.__version__} {sorted(capabilities)}"
         weights, converted = load_converted(
             Path(model_path),
             self.precision.weight_format,
             (home or default_home()) / "converted",
-            facts,
+            ov.__version__,
             progress,
         )
         self.model_config: ModelConfig = weights.config
@@ -185,17 +185,18 @@ class OpenVINOExecutor:
             swap_space_bytes = min(_DEFAULT_SWAP_BYTES, free // 8)
         self.num_swap_blocks: int = swap_space_bytes // self.bytes_per_block
 
-        # One block more than the scheduler knows of: padding rows write there.
-        self._store = BlockStore(row_bytes, self.num_blocks + 1, self.num_swap_blocks)
+        # Blocks that the scheduler does not know of (see ``build_batch``); no page of them is
+        # touched unless they are needed.
+        total_blocks = self.num_blocks + 1 + max_num_seqs
+        self._scratch_blocks = range(self.num_blocks, total_blocks)
+        self._store = BlockStore(row_bytes, total_blocks, self.num_swap_blocks)
         for (name, port), shape, rows in zip(caches, shapes, self._store.pool, strict=True):
-            tensor = ov.Tensor(
-                rows, ov.Shape([self.num_blocks + 1, *shape]), port.get_element_type()
-            )
+            tensor = ov.Tensor(rows, ov.Shape([total_blocks, *shape]), port.get_element_type())
             self._request.set_tensor(name, tensor)
         self._sampler = Sampler(self.model_config.vocab_size)
         self._closed = False
         report("check", 0.0)
-        machine = f"{facts} {self.precision} {self._num_threads} {_processor()}"
+        machine = f"{GRAPH_VERSION} {self.precision} {self._num_threads} {_processor()}"
         #: Whether results are independent of the batch on this machine, and how it was found.
         self.invariance: Invariance = remembered_invariance(self, converted.directory, machine)
         report("check", 1.0)
@@ -208,12 +209,16 @@ class OpenVINOExecutor:
         """
         if self._closed:
             raise InternalError("the executor is closed")
+        started = perf_counter()
         self._store.swap_out(output.swap_out)
+        swap_seconds = perf_counter() - started
         self._store.copy(output.block_copies)
+        started = perf_counter()
         self._store.swap_in(output.swap_in)
+        swap_ms = (swap_seconds + perf_counter() - started) * 1e3
         sampled: list[int | None] = [None] * len(output.requests)
         if not output.requests:
-            return ModelRunnerOutput(sampled)
+            return ModelRunnerOutput(sampled, swap_ms)
         batch = self.batch(output.requests, output.num_scheduled_tokens)
         tokens, logits = self.forward(batch)
         for index, token in zip(batch.sampled, tokens.tolist(), strict=False):
@@ -224,7 +229,7 @@ class OpenVINOExecutor:
             sampled[index] = self._sampler.sample(
                 logit_row, request.sampling_params, request.num_tokens
             )
-        return ModelRunnerOutput(sampled)
+        return ModelRunnerOutput(sampled, swap_ms)
 
     def batch(self, requests: Sequence[Request], num_tokens: Sequence[int]) -> StepBatch:
         """The arrays of a step that computes the next ``num_tokens`` tokens of each request."""
@@ -232,7 +237,7 @@ class OpenVINOExecutor:
             requests,
             num_tokens,
             self.block_size,
-            scratch_block=self.num_blocks,
+            self._scratch_blocks,
             min_rows=self.precision.min_rows,
             min_chunk=self.precision.min_chunk,
         )
@@ -245,6 +250,7 @@ class OpenVINOExecutor:
         Raises:
             InternalError: the inference failed.
         """
+        self._store.copy(batch.copies)
         try:
             self._request.infer(batch.inputs, share_inputs=True)
         except RuntimeError as error:

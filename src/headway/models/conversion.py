@@ -23,6 +23,7 @@ one that does not add up is built again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -36,6 +37,7 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from headway.core.errors import ModelError
 from headway.models.gguf import GGUFWeights
 
 __all__ = [
@@ -59,7 +61,7 @@ Progress = Callable[[str, float], None]
 GROUP_SIZE: Final = 32
 
 #: Part of the key: to be raised whenever the arrays of the same file would come out differently.
-_LAYOUT_VERSION: Final = 1
+_LAYOUT_VERSION: Final = 2
 _ALIGNMENT: Final = 64
 _ZERO_POINT: Final = 128
 
@@ -153,7 +155,7 @@ def load_converted(
     path: Path,
     weight_format: WeightFormat,
     home: Path,
-    facts: str = "",
+    version: str = "",
     progress: Progress | None = None,
 ) -> tuple[GGUFWeights, ConvertedWeights]:
     """The converted weights of a GGUF file: from the cache, or converted and put there.
@@ -161,20 +163,19 @@ def load_converted(
     Args:
         path: of the file.
         weight_format: to convert to.
-        home: directory of the cache; made if it is missing. If it cannot be written, the arrays
-            are kept in an unnamed temporary directory for the life of the process.
-        facts: what else the result, or what is derived from it, depends on.
+        home: directory of the cache; made if it is missing. If it cannot be, the arrays are kept
+            in a temporary directory for the life of the process.
+        version: of what the arrays are for. An entry of another version is replaced.
         progress: told of the stages ``checksum`` and ``convert``; not called on a cache hit.
 
     Raises:
         DamagedModel, UnsupportedModel: the file cannot be used.
+        ModelError: there is no room for the result.
     """
     weights = GGUFWeights(path)
     report = progress or _ignore
-    checksum = _checksum(path, home, report)
-    key = hashlib.sha256(
-        f"{checksum} {weight_format} {_LAYOUT_VERSION} {facts}".encode()
-    ).hexdigest()[:32]
+    source = f"{_checksum(path, home, report)} {weight_format}"
+    key = hashlib.sha256(f"{source} {_LAYOUT_VERSION} {version}".encode()).hexdigest()[:32]
     target = home / key
     cached = _load(target, weight_format)
     if cached is not None:
@@ -182,27 +183,42 @@ def load_converted(
     try:
         home.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=home))
+        lasting = True
     except OSError:
-        scratch = target = Path(tempfile.mkdtemp(prefix="headway-"))
+        scratch = Path(tempfile.mkdtemp(prefix="headway-"))
+        lasting = False
     try:
-        _write(scratch, convert(weights, weight_format), weights.config.num_layers, report)
-        if target != scratch:
-            # A damaged entry is in the way of the rename; another process may win the race, and
-            # then its entry is as good as ours.
-            shutil.rmtree(target, ignore_errors=True)
-            try:
-                scratch.rename(target)
-            except OSError:
-                if not target.is_dir():
-                    raise
-    except BaseException:
+        _write(scratch, source, convert(weights, weight_format), weights.config.num_layers, report)
+        if lasting:
+            _publish(scratch, target, source)
+        converted = _load(target if lasting else scratch, weight_format)
+    except OSError as error:
+        raise ModelError(
+            f"{path}: the converted model cannot be written to {scratch.parent}: "
+            f"{error.strerror or error}"
+        ) from error
+    finally:
+        # What is mapped stays readable after its name is gone.
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    if target != scratch:
-        shutil.rmtree(scratch, ignore_errors=True)
-    converted = _load(target, weight_format)
     assert converted is not None, f"{target} was just written"
     return weights, converted
+
+
+def _publish(scratch: Path, target: Path, source: str) -> None:
+    """Give a whole entry its name, and remove those of the same source that it replaces."""
+    # A damaged entry is in the way of the rename. Another process may win the race, and then its
+    # entry is as good as ours.
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    for other in target.parent.iterdir():
+        if other != target and not other.name.startswith("."):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if json.loads((other / "index.json").read_text())["source"] == source:
+                    shutil.rmtree(other, ignore_errors=True)
 
 
 def _ignore(stage: str, fraction: float) -> None:
@@ -210,9 +226,13 @@ def _ignore(stage: str, fraction: float) -> None:
 
 
 def _write(
-    directory: Path, arrays: Iterator[tuple[str, AnyArray]], num_layers: int, report: Progress
+    directory: Path,
+    source: str,
+    arrays: Iterator[tuple[str, AnyArray]],
+    num_layers: int,
+    report: Progress,
 ) -> None:
-    index: dict[str, Any] = {"arrays": {}}
+    index: dict[str, Any] = {"source": source, "arrays": {}}
     with (directory / "weights.bin").open("wb") as file:
         for name, values in arrays:
             contiguous = np.ascontiguousarray(values)

@@ -1,0 +1,380 @@
+"""What preemption costs, and that it changes nobody's output.
+
+1. Resuming: a request that sat out for an urgent one goes on with the next step, and computes
+   nothing twice.
+2. Swapping a request of 1,000 tokens out and in, against computing it again.
+3. Determinism: the greedy output of requests that are paused, swapped or recomputed several times,
+   beside changing neighbours and prefill chunks, token for token against their output alone.
+
+Exits with status 1 if a figure misses its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import machine
+
+from headway.core.config import SchedulerConfig
+from headway.core.request import Request, RequestStatus, SamplingParams
+from headway.core.scheduler import PriorityScheduler
+from headway.core.scheduler_output import SchedulerOutput
+from headway.engine.config import EngineConfig
+from headway.engine.engine import Engine
+from headway.engine.tokenizer import Tokenizer
+from headway.executor.openvino import OpenVINOExecutor
+from headway.models.registry import resolve
+
+SWAPPED_TOKENS = 1_000
+#: Swapping out and in over recomputing, at most.
+MAX_SWAP_RATIO = 1 / 5
+#: Steps from the urgent request's last to the victim's next, at most.
+MAX_RESUME_STEPS = 1
+
+URGENT, NORMAL, DEMOTED = -1, 1, 2
+#: How often each request is made to yield: 1 … this.
+MAX_DISTURBANCES = 5
+YIELDED = {RequestStatus.PAUSED, RequestStatus.SWAPPED, RequestStatus.PREEMPTED}
+
+
+class Way(NamedTuple):
+    """A way to run the requests: how many at once, in a pool of which size, who yields how."""
+
+    name: str
+    mode: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    #: None = all of the executor's.
+    num_blocks: int | None = None
+    is_disturbed: bool = True
+
+
+ALONE = Way("alone", "none", 1, 256, is_disturbed=False)
+#: Odd budgets, so that chunks begin anywhere in a block; pools that do not hold everybody.
+WAYS = (
+    Way("in a batch", "none", 16, 256, is_disturbed=False),
+    Way("pause", "pause", 8, 101),
+    Way("swap", "swap", 16, 61, num_blocks=64),
+    Way("auto", "auto", 16, 101, num_blocks=64),
+    Way("recompute", "recompute", 16, 61, num_blocks=64),
+)
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def measure_resume(executor: OpenVINOExecutor, prompts: Sequence[list[int]]) -> dict[str, Any]:
+    """Urgent requests take the slots of decoding ones; how soon do those go on?"""
+    num_seqs = 4
+    engine = make_engine(executor, Way("resume", "auto", num_seqs, 256))
+    steps: list[set[str]] = []
+    engine.observers.append(lambda step: steps.append({one.request_id for one in step.output}))
+    resume_steps: list[int] = []
+    victims: list[Request] = []
+    for prompt in prompts:
+        group = [greedy(f"victim-{len(victims) + i}", prompt[i:], 24) for i in range(num_seqs)]
+        victims += group
+        for victim in group:
+            engine.submit(victim)
+        while min(victim.num_output_tokens for victim in group) < 4:
+            engine.step()
+        steps.clear()
+        urgent = greedy(f"urgent-{len(victims)}", prompts[0][::-1], 6, URGENT)
+        engine.submit(urgent)
+        while engine.has_work:
+            engine.step()
+        end = max(index for index, ids in enumerate(steps) if urgent.request_id in ids)
+        for victim in group:
+            ran = [victim.request_id in ids for ids in steps]
+            if not all(ran[: end + 1]):  # it sat out
+                resume_steps.append(ran.index(True, end + 1) - end)
+    recomputed = sum(victim.num_recomputed_tokens for victim in victims)
+    return {
+        "resumed": len(resume_steps),
+        "steps_until_next_token_max": max(resume_steps),
+        "recomputed_tokens": recomputed,
+        "met": max(resume_steps) <= MAX_RESUME_STEPS and not recomputed,
+    }
+
+
+# ---------------------------------------------------------------------------- swap or recompute
+
+
+def measure_swap(executor: OpenVINOExecutor, runs: int, chunk: int = 256) -> dict[str, Any]:
+    """Milliseconds of a prefill, and of copying the same blocks out and in again."""
+    num_blocks = -(-SWAPPED_TOKENS // executor.block_size)
+    draw = random.Random(0)
+    swaps: list[float] = []
+    prefills: list[float] = []
+    for _ in range(runs + 1):
+        blocks = draw.sample(range(executor.num_blocks), 2 * num_blocks)
+        slots = draw.sample(range(executor.num_swap_blocks), num_blocks)
+        prompt = [draw.randrange(100, executor.vocab_size) for _ in range(SWAPPED_TOKENS)]
+        request = greedy("swapped", prompt, 1)
+        request.block_table = blocks[:num_blocks]
+        start = perf_counter()
+        while request.num_computed_tokens < SWAPPED_TOKENS:
+            output = SchedulerOutput()
+            output.requests.append(request)
+            count = min(chunk, SWAPPED_TOKENS - request.num_computed_tokens)
+            output.num_scheduled_tokens.append(count)
+            executor.execute(output)
+            request.num_computed_tokens += count
+        prefills.append(1e3 * (perf_counter() - start))
+        leave, come_back = SchedulerOutput(), SchedulerOutput()
+        leave.swap_out = list(zip(request.block_table, slots, strict=True))
+        come_back.swap_in = list(zip(slots, blocks[num_blocks:], strict=True))
+        start = perf_counter()
+        executor.execute(leave)
+        executor.execute(come_back)
+        swaps.append(1e3 * (perf_counter() - start))
+    # In the first run, the system finds memory for the swap space; it does so once.
+    swap, prefill = machine.summary(swaps[1:]), machine.summary(prefills[1:])
+    ratio = swap["median"] / prefill["median"]
+    return {
+        "tokens": SWAPPED_TOKENS,
+        "swap_out_and_in_ms": swap,
+        "first_swap_ms": round(swaps[0], 4),
+        "recompute_ms": prefill,
+        "ratio": round(ratio, 4),
+        "met": ratio <= MAX_SWAP_RATIO,
+    }
+
+
+# ---------------------------------------------------------------------------- determinism
+
+
+@dataclass
+class Case:
+    """One of the requests whose output must not change."""
+
+    prompt: list[int]
+    max_tokens: int
+    #: Numbers of generated tokens at which it is made to yield.
+    points: list[int]
+    #: Its output alone.
+    expected: list[int] = field(default_factory=list)
+
+
+def make_cases(count: int, num_tokens: int, tokenizer: Tokenizer) -> list[Case]:
+    """Varied prompts: 3 to 300 tokens of words and numbers; a third begin alike."""
+    draw = random.Random(7)
+    words = (__doc__ or "").split() + [str(n) for n in range(0, 1000, 37)]
+    preface = tokenizer.encode("You are a helpful assistant. Answer in one sentence. " * 8)
+    cases = []
+    for index in range(count):
+        length = int(3 * 100 ** draw.random())
+        prompt = tokenizer.encode(" ".join(draw.choice(words) for _ in range(length)))[:length]
+        if index % 3 == 0:
+            prompt = preface + prompt
+        max_tokens = draw.randint(num_tokens // 2, num_tokens)
+        number = 1 + index % MAX_DISTURBANCES
+        points = sorted(draw.sample(range(1, max_tokens - 3), number))
+        cases.append(Case(prompt, max_tokens, points))
+    return cases
+
+
+class Driver:
+    """Runs the cases and makes each yield at its points.
+
+    A request is demoted, and an urgent one arrives that needs its slot or its blocks; once the
+    request has yielded, it gets its rank back.
+    """
+
+    def __init__(self, engine: Engine, cases: Sequence[Case], is_disturbed: bool) -> None:
+        self.engine = engine
+        self.cases = cases
+        self.is_disturbed = is_disturbed
+        self.random = random.Random(1)
+        self.requests = [
+            greedy(f"case-{index}", case.prompt, case.max_tokens)
+            for index, case in enumerate(cases)
+        ]
+        self.num_urgent = 0
+
+    def run(self) -> list[Request]:
+        for request in self.requests:
+            self.engine.submit(request)
+        due = [list(case.points) for case in self.cases]
+        while self.engine.has_work:
+            self.engine.step()
+            if self.is_disturbed:
+                for request, points in zip(self.requests, due, strict=True):
+                    self._disturb(request, points)
+        return self.requests
+
+    def _disturb(self, request: Request, points: list[int]) -> None:
+        if request.is_finished:
+            return
+        if request.priority == DEMOTED:
+            if request.status in YIELDED:
+                self.engine.set_priority(request.request_id, NORMAL)
+        elif points and request.num_output_tokens >= points[0]:
+            if request.status is RequestStatus.RUNNING:
+                points.pop(0)
+                self.engine.set_priority(request.request_id, DEMOTED)
+                self._interrupt()
+            elif request.status in YIELDED:
+                points.pop(0)  # somebody else's interruption has met it
+
+    def _interrupt(self) -> None:
+        scheduler = self.engine.scheduler
+        missing = scheduler.block_manager.num_available + 1
+        longest = min(missing * scheduler.config.block_size, 300)
+        slots = scheduler.config.max_num_seqs - len(scheduler.running_queue)
+        for _ in range(slots + 1):
+            self.num_urgent += 1
+            length = self.random.randint(max(2, longest - 40), longest)
+            prompt = [self.random.randrange(100, 40_000) for _ in range(length)]
+            tokens = self.random.randint(1, 4)
+            self.engine.submit(greedy(f"urgent-{self.num_urgent}", prompt, tokens, URGENT))
+
+
+def run_alone(engine: Engine, cases: Sequence[Case]) -> None:
+    """Find out what each case's output is when nobody else is there."""
+    for index, case in enumerate(cases):
+        request = greedy(f"alone-{index}", case.prompt, case.max_tokens)
+        engine.submit(request)
+        while engine.has_work:
+            engine.step()
+        engine.scheduler.block_manager.reset_prefix_cache()
+        case.expected = request.output_token_ids
+
+
+def measure_way(executor: OpenVINOExecutor, way: Way, cases: Sequence[Case]) -> dict[str, Any]:
+    """Run the cases this way and compare."""
+    engine = make_engine(executor, way)
+    widths: list[int] = []
+    engine.observers.append(lambda step: widths.append(len(step.output)))
+    start = perf_counter()
+    requests = Driver(engine, cases, way.is_disturbed).run()
+    seconds = perf_counter() - start
+    yields = [
+        Counter(status.value for _, status in request.transitions if status in YIELDED)
+        for request in requests
+    ]
+    times = [
+        # A tail that was taken leaves no trace in the status.
+        max(sum(counts.values()), counts["paused"] + request.num_preemptions)
+        for counts, request in zip(yields, requests, strict=True)
+    ]
+    mismatches = [
+        describe_mismatch(executor, index, case, request.output_token_ids)
+        for index, (case, request) in enumerate(zip(cases, requests, strict=True))
+        if request.output_token_ids != case.expected
+    ]
+    return {
+        "equal": len(cases) - len(mismatches),
+        "of": len(cases),
+        "disturbed": sum(count > 0 for count in times),
+        "yields_per_request": f"{min(times)} … {max(times)}",
+        "preemptions": engine.scheduler.statistics().preemptions,
+        "recomputed_tokens": engine.scheduler.statistics().num_recomputed_tokens,
+        "largest_batch": max(widths),
+        "seconds": round(seconds, 1),
+        "mismatches": mismatches,
+        "met": not mismatches and (not way.is_disturbed or min(times) > 0),
+    }
+
+
+def describe_mismatch(
+    executor: OpenVINOExecutor, index: int, case: Case, got: list[int]
+) -> dict[str, Any]:
+    """Where the outputs part, and how close the two tokens were. Overwrites the pool."""
+    pairs = enumerate(zip(case.expected, got, strict=False))
+    at = next((n for n, (one, other) in pairs if one != other), min(len(case.expected), len(got)))
+    report: dict[str, Any] = {"case": index, "prompt_tokens": len(case.prompt), "position": at}
+    if at < min(len(case.expected), len(got)):
+        prompt = case.prompt + case.expected[:at]
+        params = SamplingParams(max_tokens=1, temperature=1.0, seed=0)
+        request = Request("probe", prompt=prompt, sampling_params=params)
+        request.block_table = list(range(-(-len(prompt) // executor.block_size)))
+        _, logits = executor.forward(executor.batch([request], [len(prompt)]))
+        wanted, found = case.expected[at], got[at]
+        report |= {"expected": wanted, "got": found}
+        report["logit_gap"] = round(float(logits[0, wanted] - logits[0, found]), 5)
+    return report
+
+
+# ---------------------------------------------------------------------------- shared
+
+
+def greedy(request_id: str, prompt: list[int], max_tokens: int, priority: int = NORMAL) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return Request(request_id, priority, prompt, sampling_params=params)
+
+
+def make_engine(executor: OpenVINOExecutor, way: Way) -> Engine:
+    """A fresh engine on ``executor``; no text is needed."""
+    config = SchedulerConfig(
+        max_num_seqs=way.max_num_seqs,
+        max_num_batched_tokens=way.max_num_batched_tokens,
+        num_blocks=way.num_blocks or executor.num_blocks,
+        block_size=executor.block_size,
+        num_swap_blocks=executor.num_swap_blocks,
+        max_model_len=executor.max_model_len,
+        preemption_mode=way.mode,
+    )
+    return Engine(executor, PriorityScheduler(config=config))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5, help="of swap and recompute, in turn")
+    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=48, help="generated by each, at most")
+    parser.add_argument("--ways", nargs="+", default=[way.name for way in WAYS])
+    parser.add_argument("--json", action="store_true", help="print the results as JSON only")
+    arguments = parser.parse_args()
+    path = resolve(EngineConfig().model)
+    cases = make_cases(arguments.requests, arguments.tokens, Tokenizer(path))
+    ways = [way for way in WAYS if way.name in arguments.ways]
+
+    executor = OpenVINOExecutor(path)
+    results: dict[str, Any] = {"invariance": executor.invariance.summary}
+    results["swap"] = measure_swap(executor, arguments.runs)
+    results["resume"] = measure_resume(executor, [(case.prompt * 20)[:60] for case in cases[:5]])
+    run_alone(make_engine(executor, ALONE), cases)
+    determinism = {way.name: measure_way(executor, way, cases) for way in ways}
+    executor.close()
+    results["determinism"] = determinism
+
+    file = machine.write("preemption", results)
+    is_met = all(one["met"] for one in (results["swap"], results["resume"], *determinism.values()))
+    if arguments.json:
+        json.dump(results, sys.stdout, indent=2)
+        return not is_met
+    swap, resume = results["swap"], results["resume"]
+    print(f"invariance: {results['invariance']}")
+    print(
+        f"resume after pause: {resume['recomputed_tokens']} tokens recomputed (target 0), next "
+        f"token in step {resume['steps_until_next_token_max']} (target {MAX_RESUME_STEPS}), "
+        f"{resume['resumed']} resumed"
+    )
+    print(
+        f"{SWAPPED_TOKENS} tokens swapped out and in: {swap['swap_out_and_in_ms']['median']:.1f} "
+        f"ms, recomputed: {swap['recompute_ms']['median']:.0f} ms, ratio {swap['ratio']:.3f} "
+        f"(target {MAX_SWAP_RATIO})"
+    )
+    for name, one in determinism.items():
+        print(
+            f"{name}: {one['equal']} of {one['of']} outputs equal; yields a request "
+            f"{one['yields_per_request']}, {one['preemptions']}, {one['recomputed_tokens']} tokens "
+            f"recomputed, batches to {one['largest_batch']}, {one['seconds']} s"
+        )
+        for mismatch in one["mismatches"]:
+            print(f"  {mismatch}")
+    print(f"written to {file}")
+    return not is_met
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""One run of the demo's load under one policy, and what there is to see while it goes on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from headway.core.config import PreemptionMode
+from headway.core.cost_model import CostModel
+from headway.core.request import Request, SamplingParams
+from headway.core.scheduler import PriorityScheduler
+from headway.core.scheduler_output import Preemption
+from headway.demo.load import NUM_SLOTS, Load
+from headway.engine.engine import Engine, Step
+
+__all__ = ["Run", "measure_speed", "policy_engine"]
+
+_WARM_UP_TOKENS = 40
+_WARM_UP_SECONDS = 4.0
+
+
+class Run:
+    """Serves a load on an engine of its own; read it at any time, from the same thread.
+
+    Args:
+        engine: fresh, with the policy under test.
+        load: what arrives when.
+        wait: sleeps for some seconds when there is nothing to do yet.
+        limit: seconds after which what is unfinished is given up.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        load: Load,
+        wait: Callable[[float], None] = time.sleep,
+        limit: float = math.inf,
+    ) -> None:
+        self.engine = engine
+        self.load = load
+        self.policy: str = engine.scheduler.policy.name
+        #: All that have arrived, in order of arrival.
+        self.requests: list[Request] = []
+        #: When somebody had to yield: (seconds on the engine's clock, who and how).
+        self.preemptions: list[tuple[float, Preemption]] = []
+        #: The texts generated so far, by request id.
+        self.texts: dict[str, str] = {}
+        self.num_output_tokens = 0
+        #: Seconds spent in steps. The same work takes the same, unless the machine was busy.
+        self.busy_seconds = 0.0
+        #: Whether the time limit cut it off.
+        self.is_cut_off = False
+        self.start = engine.clock()
+        self.end: float | None = None
+        self._wait = wait
+        self._limit = limit
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start, or from start to end."""
+        return (self.engine.clock() if self.end is None else self.end) - self.start
+
+    @property
+    def finished(self) -> list[Request]:
+        """The requests that got all they asked for."""
+        return [one for one in self.requests if one.status.finish_reason in ("stop", "length")]
+
+    @property
+    def num_preemptions(self) -> Counter[PreemptionMode]:
+        """How often somebody yielded, by how."""
+        return Counter(preemption.mode for _, preemption in self.preemptions)
+
+    def serve(self) -> None:
+        """Serve all of the load, or as much of it as the time limit allows."""
+        self.engine.observers.append(self._observe)
+        pending = list(reversed(self.load.arrivals))
+        self.start = self.engine.clock()
+        while pending or self.engine.has_work:
+            elapsed = self.elapsed
+            if elapsed > self._limit:
+                self.is_cut_off = True
+                self.engine.abort_all()
+                break
+            while pending and pending[-1].time <= elapsed:
+                request = pending.pop().request(self.start)
+                self.requests.append(request)
+                self.engine.submit(request)
+            if self.engine.has_work:
+                for output in self.engine.step():
+                    request_id = output.request.request_id
+                    self.texts[request_id] = self.texts.get(request_id, "") + output.text
+                    self.num_output_tokens += len(output.token_ids)
+            else:
+                self._wait(pending[-1].time - elapsed)
+        self.end = self.engine.clock()
+        self.engine.observers.remove(self._observe)
+
+    def _observe(self, step: Step) -> None:
+        self.busy_seconds += step.end - step.start
+        self.preemptions.extend((step.start, one) for one in step.output.preemptions)
+
+
+def policy_engine(engine: Engine, policy: str, num_blocks: int) -> Engine:
+    """A fresh engine on the same executor: ``policy``, and a pool of ``num_blocks``."""
+    config = replace(engine.scheduler.config, policy=policy, num_blocks=num_blocks)
+    # What has been learned of the machine's speed stays true under any policy.
+    cost_model = CostModel(
+        engine.scheduler.cost_model.coefficients, engine.scheduler.cost_model.swap_ms_per_block
+    )
+    return Engine(engine.executor, PriorityScheduler(None, config, cost_model), engine.tokenizer)
+
+
+def measure_speed(engine: Engine, prompt_token_ids: Sequence[int]) -> float:
+    """Tokens a second that the engine decodes with all slots in use; takes about a second."""
+    num_tokens, seconds = 0, 0.0
+
+    def observe(step: Step) -> None:
+        nonlocal num_tokens, seconds
+        if step.output.num_batched_tokens == len(step.output) == NUM_SLOTS:
+            num_tokens += NUM_SLOTS
+            seconds += step.end - step.start
+
+    params = SamplingParams(max_tokens=_WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
+    engine.observers.append(observe)
+    for number in range(NUM_SLOTS):
+        request_id = f"warm-up-{number}"
+        engine.submit(
+            Request(request_id, prompt_token_ids=prompt_token_ids, sampling_params=params)
+        )
+    start = engine.clock()
+    while engine.has_work:
+        engine.step()
+        if engine.clock() - start > _WARM_UP_SECONDS and num_tokens:
+            engine.abort_all()
+    engine.observers.remove(observe)
+    return num_tokens / seconds

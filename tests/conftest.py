@@ -1,0 +1,138 @@
+"""Engines to test with: one that tells a story in virtual time, and one with the default model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gguf
+import pytest
+
+from headway.core import invariants
+from headway.core.config import SchedulerConfig
+from headway.core.scheduler import PriorityScheduler
+from headway.engine.engine import Clock, Engine
+from headway.engine.llm import LLM
+from headway.engine.outputs import EngineOutput
+from headway.engine.tokenizer import Tokenizer
+from headway.executor.base import Executor
+from headway.executor.simulated import SimulatedExecutor, VirtualClock
+
+#: GPT-2's alphabet: the character that stands for each byte in a byte-level vocabulary.
+_HIDDEN = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
+_ALPHABET = [chr(256 + _HIDDEN.index(n)) if n in _HIDDEN else chr(n) for n in range(256)]
+
+_STORY = (
+    "It was a dark and stormy night; the rain fell in torrents — except at occasional intervals. "
+)
+
+#: Builds an engine; see ``make_engine``.
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Every byte is a token of the same number; token 256 ends a text."""
+    path = tmp_path_factory.mktemp("tokenizer") / "bytes.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    pair = _ALPHABET[0] + _ALPHABET[1]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*_ALPHABET, "<|end|>", pair])
+    writer.add_token_types([1] * 256 + [3, 1])
+    writer.add_token_merges([" ".join(pair)])
+    writer.add_eos_token_id(256)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def story() -> str:
+    """What every request of ``make_engine`` is a beginning of; it repeats itself."""
+    return _STORY * 10
+
+
+@pytest.fixture
+def make_engine(story: str, byte_tokenizer: Tokenizer) -> Iterator[MakeEngine]:
+    """``make_engine(**settings)``: an engine that goes on with the story, in virtual time.
+
+    The byte at a position of the sequence is that of the story; so a request with the story's
+    first k bytes as prompt is answered with what follows. Settings are those of
+    ``SchedulerConfig`` and ``Engine``; ``executor`` replaces the simulated one. The executor checks
+    every block's contents, and at the end of the test every engine must be idle.
+    """
+    story_bytes = story.encode()
+    engines: list[Engine] = []
+
+    def make(
+        *,
+        tokenizer: Tokenizer | None = byte_tokenizer,
+        clock: Clock | None = None,
+        executor: Executor | None = None,
+        max_num_queued_reqs: int = 1000,
+        ingress_capacity: int = 100,
+        **settings: Any,
+    ) -> Engine:
+        defaults = {"num_blocks": 200, "block_size": 4, "eos_token_ids": frozenset({256})}
+        config = SchedulerConfig(**(defaults | settings))
+        virtual = VirtualClock()
+        if executor is None:
+            executor = SimulatedExecutor(
+                virtual,
+                num_blocks=config.num_blocks,
+                block_size=config.block_size,
+                num_swap_blocks=config.num_swap_blocks,
+                max_model_len=config.max_request_tokens,
+                sampler=lambda _, position: story_bytes[position % len(story_bytes)],
+                verify=True,
+            )
+        engine = Engine(
+            executor,
+            PriorityScheduler(config=config),
+            tokenizer,
+            clock=clock or virtual,
+            max_num_queued_reqs=max_num_queued_reqs,
+            ingress_capacity=ingress_capacity,
+        )
+        engine.observers.append(lambda _: invariants.check(engine.scheduler))
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        assert_idle(engine)
+
+
+@pytest.fixture
+def drain() -> Callable[[Engine], list[EngineOutput]]:
+    """``drain(engine)`` steps until nobody is left, which must be soon."""
+
+    def drain(engine: Engine) -> list[EngineOutput]:
+        outputs: list[EngineOutput] = []
+        for _ in range(2000):
+            if not engine.has_work:
+                return outputs
+            outputs += engine.step()
+        raise AssertionError(f"unfinished: {engine.scheduler.requests}")
+
+    return drain
+
+
+@pytest.fixture(scope="session")
+def llm() -> Iterator[LLM]:
+    """The default model, and room for few: eight slots, chunks of 64 tokens."""
+    llm = LLM(max_num_seqs=8, max_num_batched_tokens=64, kv_cache_bytes=200_000_000)
+    yield llm
+    assert_idle(llm.engine)
+    llm.close()
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing is left of the requests that the engine has served."""
+    statistics = engine.scheduler.statistics()
+    assert not engine.has_work
+    assert statistics.blocks.held == 0
+    assert statistics.num_swap_blocks_used == 0
+    engine.scheduler.block_manager.check()

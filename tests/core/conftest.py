@@ -1,0 +1,111 @@
+"""A scheduler under test: every step, and every call in between, is followed by the invariants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import settings
+
+from headway.core import invariants
+from headway.core.config import PreemptionMode, SchedulerConfig
+from headway.core.cost_model import CostModel
+from headway.core.request import Request
+from headway.core.scheduler import PriorityScheduler, SchedulerOutput
+
+# The machines that run this are shared: what an example takes says nothing.
+settings.register_profile("headway", deadline=None)
+settings.load_profile("headway")
+
+
+class Step(NamedTuple):
+    """What one step decided, as it was before its tokens were taken in."""
+
+    output: SchedulerOutput
+    #: request id → tokens computed, most urgent first.
+    counts: dict[str, int]
+    #: Ids of the requests that the step finished.
+    finished: list[str]
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self.counts)
+
+    @property
+    def yields(self) -> list[tuple[str, PreemptionMode]]:
+        """Who yielded, and how, in order of the decisions."""
+        return [(one.request_id, one.mode) for one in self.output.preemptions]
+
+
+class Lab:
+    """A scheduler, its clock, and shorthands for requests in and steps out."""
+
+    def __init__(self, cost_model: CostModel | None = None, **settings: Any) -> None:
+        defaults = {"max_num_seqs": 4, "max_num_batched_tokens": 512, "block_size": 4}
+        config = SchedulerConfig(**(defaults | settings))
+        self.scheduler = PriorityScheduler(config=config, cost_model=cost_model)
+        self.now = 0.0
+        self.num_steps = 0
+        self._num_added = 0
+
+    def add(
+        self,
+        request_id: str,
+        priority: int = 0,
+        num_prompt: int = 4,
+        max_tokens: int = 4,
+        *,
+        prompt: Sequence[int] | None = None,
+        **arguments: Any,
+    ) -> Request:
+        """Add a request; without ``prompt`` its tokens are like nobody else's."""
+        self._num_added += 1
+        tokens = [1000 * self._num_added + i for i in range(num_prompt)]
+        request = Request(request_id, priority, prompt or tokens, max_tokens, **arguments)
+        self.scheduler.add_request(request, self.now)
+        invariants.check(self.scheduler)
+        return request
+
+    def step(self, token: int = 1) -> Step:
+        """Schedule, compute, take in; every request that is due a token gets ``token``."""
+        output = self.scheduler.schedule(self.now)
+        invariants.check_output(self.scheduler, output)
+        counts = {
+            request.request_id: count
+            for request, count in zip(output, output.num_scheduled_tokens, strict=True)
+        }
+        sampled = [
+            token if request.num_computed_tokens + count == request.num_tokens else None
+            for request, count in zip(output, output.num_scheduled_tokens, strict=True)
+        ]
+        finished = self.scheduler.update_from_output(output, sampled, self.now)
+        invariants.check(self.scheduler)
+        self.num_steps += 1
+        return Step(output, counts, [request.request_id for request in finished])
+
+    def steps(self, count: int) -> list[Step]:
+        return [self.step() for _ in range(count)]
+
+    def drain(self, at_most: int = 2000) -> list[Step]:
+        """Step until nobody is left, which must be soon, and the pool must be idle then."""
+        steps = []
+        while self.scheduler.has_unfinished_requests:
+            assert len(steps) < at_most, f"unfinished: {self.scheduler.requests}"
+            steps.append(self.step())
+        self.assert_idle()
+        return steps
+
+    def assert_idle(self) -> None:
+        statistics = self.scheduler.statistics()
+        assert not self.scheduler.requests
+        assert not self.scheduler.resident
+        assert not self.scheduler.waiting_heap
+        assert statistics.blocks.held == 0
+        assert statistics.num_swap_blocks_used == 0
+
+
+@pytest.fixture(scope="session")
+def lab() -> type[Lab]:
+    """``lab(**settings)`` makes a scheduler under test; stateless, so Hypothesis may share it."""
+    return Lab

@@ -1,0 +1,188 @@
+"""The cost model: it finds the true costs, forgets old ones, and never leaves the ground."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from headway.core.cost_model import SMALLEST_CHUNK, CostModel, StepFeatures, TimeBudget
+from headway.core.errors import ConfigError
+
+TRUE = (4.0, 0.3, 1.2, 0.002)
+
+
+def true_ms(features: StepFeatures, coefficients: tuple[float, ...] = TRUE) -> float:
+    c0, c1, c2, c3 = coefficients
+    prefill_tokens, decode_seqs, context_tokens = features
+    return c0 + c1 * prefill_tokens + c2 * decode_seqs + c3 * context_tokens
+
+
+def random_step(rng: random.Random) -> StepFeatures:
+    decode_seqs = rng.randrange(0, 33)
+    prefill_tokens = rng.choice([0, 0, rng.randrange(2, 512)])
+    return StepFeatures(prefill_tokens, decode_seqs, decode_seqs * rng.randrange(16, 1024))
+
+
+@pytest.mark.parametrize("guess", [(5.0, 0.6, 0.8, 0.0005), (0.0, 0.0, 0.0, 0.0)])
+def test_converges_to_the_true_costs_through_noise(guess: tuple[float, ...]) -> None:
+    rng = random.Random(1)
+    model = CostModel(guess)
+    for _ in range(2000):
+        features = random_step(rng)
+        model.observe(features, true_ms(features) * rng.uniform(0.9, 1.1))
+    for found, true in zip(model.coefficients, TRUE, strict=True):
+        assert found == pytest.approx(true, rel=0.25)
+    for _ in range(100):
+        features = random_step(rng)
+        assert model.predict_ms(features) == pytest.approx(true_ms(features), rel=0.1, abs=1.0)
+    assert model.num_observations == 2000
+
+
+def test_without_noise_it_is_exact_after_a_few_steps() -> None:
+    rng = random.Random(2)
+    model = CostModel()
+    for _ in range(60):
+        features = random_step(rng)
+        model.observe(features, true_ms(features))
+    assert model.coefficients == pytest.approx(TRUE, rel=0.02)
+
+
+def test_forgets_what_is_no_longer_so() -> None:
+    rng = random.Random(3)
+    model = CostModel(forgetting=0.98)
+    slower = tuple(3 * c for c in TRUE)
+    for coefficients in (TRUE, slower):
+        for _ in range(1000):
+            features = random_step(rng)
+            model.observe(features, true_ms(features, coefficients))
+    assert model.coefficients == pytest.approx(slower, rel=0.05)
+
+
+def test_stays_finite_and_right_when_the_load_never_varies() -> None:
+    model = CostModel()
+    features = StepFeatures(0, 8, 1024)
+    for _ in range(20_000):
+        model.observe(features, 17.0)
+    assert model.predict_ms(features) == pytest.approx(17.0, rel=0.01)
+    assert all(math.isfinite(c) and 0 <= c < 1e3 for c in model.coefficients)
+    # It is not a slave of that load either: it still learns.
+    rng = random.Random(4)
+    for _ in range(1000):
+        other = random_step(rng)
+        model.observe(other, true_ms(other))
+    for _ in range(100):
+        other = random_step(rng)
+        assert model.predict_ms(other) == pytest.approx(true_ms(other), rel=0.1, abs=2.0)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.builds(
+                StepFeatures, st.integers(0, 4096), st.integers(0, 256), st.integers(0, 10**6)
+            ),
+            st.floats(0, 1e5),
+        ),
+        max_size=60,
+    )
+)
+def test_no_measurements_make_costs_negative_or_infinite(
+    steps: list[tuple[StepFeatures, float]],
+) -> None:
+    model = CostModel()
+    for features, measured_ms in steps:
+        model.observe(features, measured_ms)
+        assert all(c >= 0 and math.isfinite(c) for c in model.coefficients)
+        assert model.predict_ms(features) >= 0
+
+
+@pytest.mark.parametrize("forgetting", [0.0, -1.0, 1.01, math.nan])
+def test_a_bad_forgetting_factor_is_refused(forgetting: float) -> None:
+    with pytest.raises(ConfigError, match="must be above 0 and at most 1"):
+        CostModel(forgetting=forgetting)
+
+
+def test_the_costs_of_coming_back() -> None:
+    model = CostModel((9.0, 0.5, 2.0, 0.1), swap_ms_per_block=0.25)
+    assert model.recompute_ms(num_prefill_tokens=10, num_replayed_tokens=3) == pytest.approx(11.0)
+    assert model.swap_ms(4) == pytest.approx(2.0)  # out and in again
+
+
+def test_learns_the_bandwidth_of_swapping() -> None:
+    model = CostModel(swap_ms_per_block=1.0)
+    model.observe_swap(0, 5.0)
+    assert model.swap_ms_per_block == 1.0
+    for _ in range(50):
+        model.observe_swap(10, 3.0)
+    assert model.swap_ms_per_block == pytest.approx(0.3, rel=0.01)
+
+
+# ---------------------------------------------------------------------- the budget of a step
+
+
+def budget(limit_ms: float | None) -> TimeBudget:
+    return TimeBudget(CostModel((1.0, 0.5, 2.0, 0.01)), limit_ms)
+
+
+def test_a_step_without_limit_allows_everything() -> None:
+    assert budget(None).allows(10**9, 10**9)
+
+
+def test_decoding_is_paid_by_sequence_and_context() -> None:
+    time = budget(10.0)
+    assert time.affordable(1, 100, is_first=False) == 1
+    time.spend(1, 100)
+    assert time.spent_ms == pytest.approx(4.0)
+    time.spend(1, 100)
+    time.spend(1, 100)
+    assert time.spent_ms == pytest.approx(10.0)
+    assert time.affordable(1, 0, is_first=False) == 0
+    assert time.affordable(1, 0, is_first=True) == 1
+
+
+def test_prefill_is_paid_by_token() -> None:
+    time = budget(10.0)
+    assert time.affordable(100, 0, is_first=False) == 18
+    time.spend(18, 0)
+    assert time.affordable(100, 0, is_first=False) == 0
+    assert not time.allows(1, 0)
+
+
+def test_the_first_ranked_always_gets_a_chunk() -> None:
+    time = budget(0.5)
+    assert time.affordable(100, 0, is_first=True) == SMALLEST_CHUNK
+    assert time.affordable(2, 0, is_first=True) == 2
+    assert time.affordable(100, 0, is_first=False) == 0
+
+
+@given(
+    per_prefill=st.floats(1e-6, 1.0),
+    spent=st.floats(0, 100),
+    left=st.floats(0, 100),
+    count=st.integers(2, 20),
+)
+def test_what_is_allowed_to_start_is_affordable(
+    per_prefill: float, spent: float, left: float, count: int
+) -> None:
+    """Otherwise a request would be admitted and given nothing."""
+    time = TimeBudget(CostModel((spent, per_prefill, 0.0, 0.0)), spent + left)
+    smallest = min(SMALLEST_CHUNK, count)
+    if time.allows(smallest, 0):
+        assert time.affordable(count, 0, is_first=False) >= smallest
+
+
+def test_rounding_does_not_deny_what_was_allowed() -> None:
+    rng = random.Random(5)
+    for _ in range(2000):
+        model = CostModel((0.0, rng.uniform(1e-3, 1.0), 0.0, 0.0))
+        time = TimeBudget(model, 3 * model.coefficients[1])
+        assert time.allows(3, 0)
+        assert time.affordable(10, 0, is_first=False) == 3
+
+
+def test_a_vanishing_cost_is_no_overflow() -> None:
+    assert TimeBudget(CostModel((0.0, 5e-324, 0.0, 0.0)), 10.0).affordable(9, 0, False) == 9

@@ -1,0 +1,421 @@
+"""What is in the blocks: prefixes found, tails cut and swapped, forks copied, tokens replayed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from headway.core import invariants
+from headway.core.config import PreemptionMode
+from headway.core.cost_model import CostModel
+from headway.core.errors import DuplicateRequest, InvalidRequest, UnknownRequest
+from headway.core.request import Request, RequestStatus, SamplingParams
+
+if TYPE_CHECKING:
+    from tests.core.conftest import Lab, Step
+
+Mode = PreemptionMode
+
+#: Swapping is cheaper than recomputing, or dearer.
+SWAP_IS_CHEAP = CostModel((1.0, 1.0, 1.0, 0.0), swap_ms_per_block=1e-3)
+SWAP_IS_DEAR = CostModel((1.0, 1.0, 1.0, 0.0), swap_ms_per_block=1e3)
+
+
+# ---------------------------------------------------------------------- prefixes
+
+
+def test_an_equal_prefix_is_computed_once(lab: type[Lab]) -> None:
+    pair = lab()
+    first = pair.add("first", prompt=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], max_tokens=9)
+    pair.step()
+    second = pair.add("second", prompt=[1, 2, 3, 4, 5, 6, 7, 8, 99, 98], max_tokens=9)
+    assert pair.step().counts == {"first": 1, "second": 2}
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 8)
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.block_table[2] != first.block_table[2]
+    pair.drain()
+
+
+def test_a_prefix_outlives_its_request_until_reused(lab: type[Lab]) -> None:
+    small = lab(num_blocks=4)
+    prompt = [1, 2, 3, 4, 5, 6]
+    small.add("first", prompt=prompt, max_tokens=1)
+    small.drain()
+    again = small.add("again", prompt=prompt, max_tokens=1)
+    assert small.step().counts == {"again": 2}
+    assert again.num_cached_tokens == 4
+    small.add("big", num_prompt=15, max_tokens=1)  # takes all four blocks
+    small.drain()
+    third = small.add("third", prompt=prompt, max_tokens=1)
+    assert small.step().counts == {"third": 6}
+    assert third.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize(("deterministic", "expected"), [(True, 5), (False, 1)])
+def test_something_is_always_left_to_compute(
+    lab: type[Lab], deterministic: bool, expected: int
+) -> None:
+    """One token at least, to sample from; a deterministic prefill is never left just one."""
+    one = lab(deterministic=deterministic)
+    one.add("a", prompt=[1, 2, 3, 4, 5, 6, 7, 8, 9], max_tokens=1)
+    one.drain()
+    one.add("b", prompt=[1, 2, 3, 4, 5, 6, 7, 8, 9], max_tokens=1)
+    assert one.step().counts == {"b": expected}
+
+
+def test_a_prompt_of_whole_blocks_leaves_its_last_block(lab: type[Lab]) -> None:
+    one = lab()
+    for name, expected in (("a", 8), ("b", 4)):
+        one.add(name, prompt=[1, 2, 3, 4, 5, 6, 7, 8], max_tokens=1)
+        assert one.step().counts == {name: expected}
+
+
+def test_without_prefix_caching_nothing_is_found(lab: type[Lab]) -> None:
+    one = lab(enable_prefix_caching=False)
+    for name in "ab":
+        request = one.add(name, prompt=[1, 2, 3, 4, 5, 6], max_tokens=1)
+        assert one.step().counts == {name: 6}
+        assert request.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize(("deterministic", "cached"), [(True, 4), (False, 8)])
+def test_generated_tokens_are_found_as_prompt_only_if_results_may_vary(
+    lab: type[Lab], deterministic: bool, cached: int
+) -> None:
+    """The keys of a decoded token differ in the last bits from those of a prefilled one."""
+    one = lab(deterministic=deterministic)
+    first = one.add("first", prompt=[1, 2, 3, 4], max_tokens=7)
+    one.drain()
+    conversation = one.add("second", prompt=[*first.token_ids, 50, 51], max_tokens=1)
+    one.step()
+    assert conversation.num_cached_tokens == cached
+
+
+# ---------------------------------------------------------------------- replay
+
+
+def test_generated_tokens_are_replayed_one_a_step(lab: type[Lab]) -> None:
+    one = lab(enable_prefix_caching=False)
+    request = one.add("a", num_prompt=6, max_tokens=6)
+    one.steps(4)
+    one.scheduler.preempt("a")
+    counts = []
+    while request.num_output_tokens == 4:
+        counts.append(one.step().counts["a"])
+    assert counts == [6, 1, 1, 1, 1]  # as they were computed the first time
+    assert request.num_recomputed_tokens == 9
+    one.drain()
+
+
+def test_if_results_may_vary_they_are_computed_at_once(lab: type[Lab]) -> None:
+    one = lab(enable_prefix_caching=False, deterministic=False)
+    request = one.add("a", num_prompt=6, max_tokens=6)
+    one.steps(4)
+    one.scheduler.preempt("a")
+    assert one.step().counts == {"a": 10}
+    assert request.num_output_tokens == 5
+    one.drain()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_preempted_request_finds_its_own_blocks(lab: type[Lab], deterministic: bool) -> None:
+    one = lab(deterministic=deterministic)
+    request = one.add("a", num_prompt=6, max_tokens=9)
+    one.steps(4)  # 9 tokens computed: two full blocks, the second holds generated ones
+    one.scheduler.preempt("a")
+    assert request.num_computed_tokens == 0
+    one.step()
+    assert request.num_recomputed_tokens == 1
+    one.drain()
+    assert request.num_output_tokens == 9
+
+
+def test_what_was_overwritten_meanwhile_is_recomputed(lab: type[Lab]) -> None:
+    crowd, b = crowded(lab, preemption_mode="recompute")
+    crowd.add("urgent", 0, num_prompt=14, max_tokens=2)
+    crowd.drain()
+    # Of its two full blocks the later was reused first; the partial third was lost with it.
+    assert b.num_recomputed_tokens == 6
+
+
+# ---------------------------------------------------------------------- swap
+
+
+def crowded(lab: type[Lab], **settings: Any) -> tuple[Lab, Request]:
+    """Two batch requests that hold three blocks of eight each; the last-ranked one is returned.
+
+    An urgent one of four blocks then lacks two. The first never grows.
+    """
+    crowd = lab(**({"num_blocks": 8} | settings))
+    crowd.add("a", 1, num_prompt=10, max_tokens=3)
+    b = crowd.add("b", 1, num_prompt=10, max_tokens=5)
+    crowd.step()
+    return crowd, b
+
+
+def run_urgent(crowd: Lab) -> list[Step]:
+    crowd.add("urgent", 0, num_prompt=14, max_tokens=2)
+    return crowd.drain()
+
+
+def test_swap_moves_a_whole_victim_out_and_back(lab: type[Lab]) -> None:
+    crowd, b = crowded(lab, preemption_mode="swap", num_swap_blocks=10)
+    table = list(b.block_table)
+    crowd.add("urgent", 0, num_prompt=14, max_tokens=2)
+    out = crowd.step()
+    assert out.output.preemptions == [("b", Mode.SWAP, "urgent", 3, 10)]
+    assert [block for block, _ in out.output.swap_out] == table
+    assert out.output.swap_in == []
+    assert out.output.num_swapped_blocks == 3
+    assert (b.status, b.num_computed_tokens, b.num_swapped_tokens) == (RequestStatus.SWAPPED, 0, 10)
+    assert crowd.scheduler.statistics().num_swap_blocks_used == 3
+    crowd.step()
+    back = crowd.step()
+    assert back.counts == {"b": 1}
+    # What the pool's prefix cache still has (its first block) is not copied.
+    slots = [slot for _, slot in out.output.swap_out]
+    assert back.output.swap_in == list(zip(slots[1:], b.block_table[1:], strict=True))
+    assert b.swap_table == []
+    crowd.drain()
+    assert b.num_recomputed_tokens == 0
+
+
+def test_without_a_prefix_cache_all_of_it_is_copied_back(lab: type[Lab]) -> None:
+    crowd, b = crowded(lab, preemption_mode="swap", num_swap_blocks=3, enable_prefix_caching=False)
+    steps = run_urgent(crowd)
+    moved = [(len(step.output.swap_out), len(step.output.swap_in)) for step in steps]
+    assert [one for one in moved if one != (0, 0)] == [(3, 0), (0, 3)]
+    assert b.num_recomputed_tokens == 0
+
+
+@pytest.mark.parametrize("num_swap_blocks", [0, 2])
+def test_a_full_swap_space_falls_back_to_recomputing(lab: type[Lab], num_swap_blocks: int) -> None:
+    crowd, b = crowded(lab, preemption_mode="swap", num_swap_blocks=num_swap_blocks)
+    steps = run_urgent(crowd)
+    assert ("b", Mode.RECOMPUTE) in steps[0].yields
+    assert not any(step.output.num_swapped_blocks for step in steps)
+    assert b.num_recomputed_tokens > 0
+
+
+def test_auto_swaps_just_the_tail_if_that_is_cheaper(lab: type[Lab]) -> None:
+    crowd, b = crowded(lab, cost_model=SWAP_IS_CHEAP, num_swap_blocks=10)
+    table = list(b.block_table)
+    crowd.add("urgent", 0, num_prompt=14, max_tokens=2)
+    step = crowd.step()
+    assert step.output.preemptions[0] == ("b", Mode.SWAP, "urgent", 2, 6)
+    assert [block for block, _ in step.output.swap_out] == table[1:]
+    assert b.status is RequestStatus.PAUSED  # its first block stays in the pool
+    assert b.block_table == table[:1]
+    steps = crowd.drain()
+    assert sum(len(one.output.swap_in) for one in steps) == 2
+    assert b.num_recomputed_tokens == 0
+
+
+def test_auto_recomputes_the_tail_if_that_is_cheaper(lab: type[Lab]) -> None:
+    crowd, b = crowded(lab, cost_model=SWAP_IS_DEAR, num_swap_blocks=10)
+    steps = run_urgent(crowd)
+    assert steps[0].output.preemptions[0] == ("b", Mode.TAIL, "urgent", 2, 6)
+    assert not any(step.output.num_swapped_blocks for step in steps)
+    assert b.num_recomputed_tokens == 6
+
+
+def test_a_tail_swapped_twice_comes_back_in_order(lab: type[Lab]) -> None:
+    """The slots of the second cut go before those of the first."""
+    deep = lab(SWAP_IS_CHEAP, num_blocks=8, num_swap_blocks=10, enable_prefix_caching=False)
+    victim = deep.add("victim", 1, num_prompt=22, max_tokens=9)
+    deep.step()
+    table = list(victim.block_table)
+    first = deep.add("first", 0, num_prompt=10, max_tokens=9)  # lacks 1
+    out_1 = deep.step().output.swap_out
+    assert [block for block, _ in out_1] == table[5:]
+    deep.add("second", 0, num_prompt=6, max_tokens=9)  # lacks 2
+    out_2 = deep.step().output.swap_out
+    assert [block for block, _ in out_2] == table[3:5]
+    assert victim.swap_table == [slot for _, slot in (*out_2, *out_1)]
+    deep.scheduler.abort("first")
+    deep.scheduler.abort("second")
+    assert first.is_finished
+    back = deep.step().output.swap_in
+    assert [slot for slot, _ in back] == [slot for _, slot in (*out_2, *out_1)]
+    assert [block for _, block in back] == victim.block_table[3:]
+    deep.drain()
+    assert victim.num_recomputed_tokens == 0
+
+
+@pytest.mark.parametrize("call", ["abort", "preempt"])
+def test_leaving_gives_the_swap_space_back(lab: type[Lab], call: str) -> None:
+    crowd, b = crowded(lab, cost_model=SWAP_IS_CHEAP, num_swap_blocks=2)
+    crowd.add("urgent", 0, num_prompt=14, max_tokens=2)
+    crowd.step()
+    assert crowd.scheduler.statistics().num_swap_blocks_used == 2
+    getattr(crowd.scheduler, call)("b")
+    invariants.check(crowd.scheduler)
+    assert crowd.scheduler.statistics().num_swap_blocks_used == 0
+    crowd.drain()
+    assert b.is_finished
+
+
+def test_a_slot_read_in_a_step_is_not_written_in_it(lab: type[Lab]) -> None:
+    """The executor copies out before it copies in."""
+    tight = lab(
+        preemption_mode="swap", num_blocks=6, num_swap_blocks=6, enable_prefix_caching=False
+    )
+    for i in range(4):
+        tight.add(f"r{i}", 3, num_prompt=6 + i, max_tokens=8)
+    tight.step()
+    for i in range(12):
+        if i % 3 == 0:
+            tight.add(f"u{i}", 1, num_prompt=14, max_tokens=2)
+        output = tight.step().output
+        read = {slot for slot, _ in output.swap_in}
+        assert not read & {slot for _, slot in output.swap_out}
+    assert tight.scheduler.statistics().preemptions["swap"] > 0
+    tight.drain()
+
+
+@settings(max_examples=50)
+@given(
+    mode=st.sampled_from(["tail", "swap", "recompute", "auto"]),
+    cost_model=st.sampled_from([SWAP_IS_CHEAP, SWAP_IS_DEAR]),
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 10)), min_size=1, max_size=4),
+    urgent=st.integers(1, 23),
+)
+def test_a_victim_comes_back_with_all_its_tokens(
+    lab: type[Lab],
+    mode: str,
+    cost_model: CostModel,
+    lengths: list[tuple[int, int]],
+    urgent: int,
+) -> None:
+    crowd = lab(cost_model, num_blocks=6, num_swap_blocks=5, preemption_mode=mode)
+    requests = [crowd.add(f"r{i}", 1, *length) for i, length in enumerate(lengths)]
+    crowd.steps(2)
+    crowd.add("urgent", 0, num_prompt=urgent, max_tokens=1)
+    crowd.drain()
+    for request, (num_prompt, max_tokens) in zip(requests, lengths, strict=True):
+        assert request.num_output_tokens == min(max_tokens, 24 - num_prompt)
+
+
+# ---------------------------------------------------------------------- forks
+
+
+def continuation(parent: Request, request_id: str, max_tokens: int = 9) -> Request:
+    child = Request(
+        request_id,
+        parent.priority,
+        parent.prompt_token_ids,
+        sampling_params=SamplingParams(max_tokens=max_tokens),
+    )
+    child.token_ids.extend(parent.output_token_ids)
+    return child
+
+
+def forked(lab: type[Lab], num_prompt: int = 6, **settings: Any) -> tuple[Lab, Request, Request]:
+    twins = lab(**settings)
+    parent = twins.add("parent", num_prompt=num_prompt, max_tokens=5)
+    twins.step()
+    child = continuation(parent, "child", 5)
+    twins.scheduler.fork("parent", child, twins.now)
+    invariants.check(twins.scheduler)
+    return twins, parent, child
+
+
+def test_a_fork_computes_nothing_twice(lab: type[Lab]) -> None:
+    twins, parent, child = forked(lab)
+    assert child.status is RequestStatus.PAUSED
+    assert child.num_computed_tokens == 6
+    assert child.block_table == parent.block_table
+    source = parent.block_table[1]
+    step = twins.step()
+    assert step.counts == {"parent": 1, "child": 1}
+    # The first of the two copies the partial block, then the second has it to itself.
+    assert step.output.block_copies == [(source, parent.block_table[1])]
+    assert child.block_table[1] == source
+    assert child.block_table[0] == parent.block_table[0]
+    assert all(not step.output.block_copies for step in twins.drain())
+    assert parent.num_output_tokens == child.num_output_tokens == 5
+
+
+def test_a_fork_at_a_block_boundary_copies_nothing(lab: type[Lab]) -> None:
+    twins, parent, child = forked(lab, num_prompt=8)
+    steps = twins.drain()
+    assert not any(step.output.block_copies for step in steps)
+    assert parent.num_output_tokens == child.num_output_tokens == 5
+
+
+def test_a_block_is_taken_for_the_copy(lab: type[Lab]) -> None:
+    """No block is free for the copy, so the child, ranked last, gives its share up."""
+    twins, parent, child = forked(lab, num_blocks=2)
+    step = twins.step()
+    assert step.ids == ["parent"]
+    assert step.output.block_copies == []
+    assert child.num_preemptions == 1
+    twins.drain()
+    assert parent.num_preemptions == 0
+    assert parent.num_output_tokens == 2  # as far as the pool goes
+    assert child.num_output_tokens == 2
+
+
+def test_a_fork_outlives_its_parent(lab: type[Lab]) -> None:
+    twins, _, child = forked(lab)
+    twins.scheduler.abort("parent")
+    invariants.check(twins.scheduler)
+    steps = twins.drain()
+    assert not any(step.output.block_copies for step in steps)
+    assert child.num_output_tokens == 5
+    assert child.num_recomputed_tokens == 0
+
+
+@pytest.mark.parametrize("mode", ["tail", "swap", "recompute", "auto"])
+def test_who_shares_all_its_blocks_has_nothing_to_give(lab: type[Lab], mode: str) -> None:
+    """Taking the fork's share of blocks that others keep would gain nothing."""
+    trio = lab(num_blocks=8, num_swap_blocks=8, preemption_mode=mode)
+    parent = trio.add("parent", 1, num_prompt=8, max_tokens=5)
+    other = trio.add("other", 2, num_prompt=16, max_tokens=3)
+    trio.step()
+    child = continuation(parent, "child", 3)
+    child.priority = 3
+    trio.scheduler.fork("parent", child)
+    trio.add("urgent", 0, num_prompt=12, max_tokens=1)  # lacks one block
+    step = trio.step()
+    assert step.ids[:2] == ["urgent", "parent"]
+    assert {one.request_id for one in step.output.preemptions if one.num_blocks} == {"other"}
+    assert child.num_preemptions == parent.num_preemptions == 0
+    assert other.num_preemptions > 0
+    trio.drain()
+
+
+def test_what_cannot_be_forked(lab: type[Lab]) -> None:
+    twins = lab(max_num_seqs=1)
+    parent = twins.add("parent", num_prompt=6, max_tokens=9)
+    waiting = twins.add("waiting", num_prompt=6)
+    fork = twins.scheduler.fork
+    with pytest.raises(UnknownRequest):
+        fork("nobody", continuation(parent, "child"))
+    with pytest.raises(InvalidRequest, match="'parent' has computed nothing to share"):
+        fork("parent", continuation(parent, "child"))
+    twins.step()
+    with pytest.raises(InvalidRequest, match="'waiting' has computed nothing to share"):
+        fork("waiting", continuation(waiting, "child"))
+    with pytest.raises(InvalidRequest, match="does not continue the 6 computed tokens"):
+        fork("parent", Request("child", 0, [1, 2, 3, 4, 5, 6, 7]))
+    with pytest.raises(InvalidRequest, match="does not continue the 6 computed tokens"):
+        fork("parent", Request("child", 0, parent.prompt_token_ids))
+    with pytest.raises(InvalidRequest, match="has 7 prompt tokens, must have the 6"):
+        fork("parent", Request("child", 0, [*parent.prompt_token_ids, 5]))
+    with pytest.raises(DuplicateRequest, match="'parent' is in use"):
+        fork("parent", continuation(parent, "parent"))
+    with pytest.raises(DuplicateRequest, match="'waiting' is in use"):
+        fork("parent", continuation(parent, "waiting"))
+    with pytest.raises(InvalidRequest, match="starts with 1 generated tokens, max_tokens is 1"):
+        fork("parent", continuation(parent, "child", max_tokens=1))
+    ended = continuation(parent, "child")
+    ended.transition(RequestStatus.FINISHED_REJECTED, 0.0)
+    with pytest.raises(InvalidRequest, match="'child' is finished_rejected; add a fresh one"):
+        fork("parent", ended)
+    invariants.check(twins.scheduler)
+    assert twins.scheduler.requests.keys() == {"parent", "waiting"}
+    twins.drain()

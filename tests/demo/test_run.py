@@ -1,0 +1,67 @@
+"""Serving the load under a policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from headway.core.config import PreemptionMode
+from headway.demo.load import NUM_SLOTS, URGENT_PRIORITY
+from headway.demo.run import Run
+from headway.engine.metrics import summarize
+
+if TYPE_CHECKING:
+    from conftest import Simulation
+
+
+def test_everything_is_served(runs: list[Run]) -> None:
+    for run in runs:
+        assert len(run.finished) == len(run.load.arrivals)
+        assert not run.is_cut_off
+        assert not run.engine.has_work
+
+
+def test_it_takes_about_as_long_as_it_should(runs: list[Run]) -> None:
+    for run in runs:
+        assert 0.6 * run.load.seconds < run.elapsed < 1.4 * run.load.seconds
+
+
+def test_there_are_pauses_and_losses_of_blocks(runs: list[Run]) -> None:
+    ranked = runs[0].num_preemptions
+    assert ranked[PreemptionMode.PAUSE] > 5
+    assert ranked[PreemptionMode.SWAP] + ranked[PreemptionMode.TAIL] > 5
+
+
+def test_the_urgent_never_yield_to_anybody(runs: list[Run]) -> None:
+    assert not [one for _, one in runs[0].preemptions if one.request_id.startswith("urgent")]
+
+
+def test_ranking_shortens_the_wait_of_the_urgent(runs: list[Run]) -> None:
+    ranked, unranked = (summarize(run.finished)[0] for run in runs)
+    assert ranked.priority == unranked.priority == URGENT_PRIORITY
+    assert ranked.ttft_p99 < unranked.ttft_p50 / 10
+
+
+def test_the_measured_speed_is_that_of_full_steps(simulation: Simulation) -> None:
+    # A step of the simulated machine takes 8 ms, 1 ms a sequence, and a little for contexts.
+    assert simulation.speed == pytest.approx(NUM_SLOTS / 17e-3, rel=0.1)
+
+
+def test_a_run_waits_for_what_is_still_to_come(simulation: Simulation) -> None:
+    one = simulation.load.arrivals[0]
+    load = replace(simulation.load, arrivals=(one, replace(one, time=90.0, request_id="late")))
+    run = simulation.run("priority", load)
+    run.serve()
+    assert run.requests[1].first_scheduled_time == pytest.approx(run.start + 90.0)
+    assert run.busy_seconds < run.elapsed / 2
+
+
+def test_a_run_that_takes_too_long_is_cut_off(simulation: Simulation) -> None:
+    run = simulation.run("priority", limit=10.0)
+    run.serve()
+    assert run.is_cut_off
+    assert 10.0 <= run.elapsed < 10.5
+    assert 0 < len(run.finished) < len(run.requests)
+    assert all(request.is_finished for request in run.requests)

@@ -1,0 +1,386 @@
+"""Many readers at once: streams, ends, faults, and a full house."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from headway.core.errors import DuplicateRequest, EngineStopped, InvalidRequest, QueueFull
+from headway.core.request import SamplingParams
+from headway.core.scheduler_output import SchedulerOutput
+from headway.engine.async_engine import AsyncEngine
+from headway.engine.engine import Engine
+from headway.engine.outputs import RequestOutput
+from headway.executor.base import ModelRunnerOutput
+
+MakeEngine = Callable[..., Engine]
+
+#: Longer than any of these tests should take, so that one that hangs fails.
+TIMEOUT = 60.0
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, TIMEOUT))
+
+
+def tokens(count: int, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=count, **more)
+
+
+async def text_of(stream: AsyncIterator[RequestOutput]) -> str:
+    """All that a stream has to say; its pieces must add up."""
+    text, new_text = "", ""
+    async for output in stream:
+        new_text += output.new_text
+        text = output.outputs[0].text
+    assert text == new_text
+    return text
+
+
+class Gate:
+    """An executor whose steps wait to be let through, or fail."""
+
+    num_blocks = 200
+    block_size = 4
+    num_swap_blocks = 0
+    max_model_len = 800
+
+    def __init__(self) -> None:
+        self.may_pass = threading.Event()
+        self.may_pass.set()
+        self.is_inside = threading.Event()
+        self.fault: BaseException | None = None
+        self.is_closed = False
+
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        self.is_inside.set()
+        assert self.may_pass.wait(TIMEOUT)
+        if self.fault is not None:
+            raise self.fault
+        return ModelRunnerOutput(
+            [
+                ord("a") if one.num_computed_tokens + count == one.num_tokens else None
+                for one, count in zip(output, output.num_scheduled_tokens, strict=True)
+            ]
+        )
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    async def hold(self, engine: AsyncEngine) -> asyncio.Task[str]:
+        """Let one request in, whose first step waits; it gets one token."""
+        self.is_inside.clear()
+        self.may_pass.clear()
+        task = asyncio.create_task(text_of(engine.generate("held", tokens(1), "held")))
+        await asyncio.to_thread(self.is_inside.wait, TIMEOUT)
+        return task
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+def test_concurrent_streams_each_get_their_own(make_engine: MakeEngine, story: str) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine()) as engine:
+            streams = [
+                text_of(engine.generate(story[: 5 + n], tokens(9), priority=n % 3))
+                for n in range(20)
+            ]
+            assert await asyncio.gather(*streams) == [story[5 + n : 14 + n] for n in range(20)]
+
+    run(test())
+
+
+def test_the_last_output_says_how_it_ended(make_engine: MakeEngine, story: str) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine()) as engine:
+            stream = engine.generate(story[:7], tokens(20, stop=("dark",)), "mine", priority=3)
+            outputs = [output async for output in stream]
+        last = outputs[-1]
+        assert (last.request_id, last.priority, last.finished) == ("mine", 3, True)
+        assert last.outputs[0].text == "a "
+        assert (last.outputs[0].finish_reason, last.outputs[0].stop_reason) == ("stop", "dark")
+        assert last.metrics is not None and last.metrics.latency is not None
+
+    run(test())
+
+
+def test_token_ids_will_do_without_a_tokenizer(make_engine: MakeEngine, story: str) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine(tokenizer=None)) as engine:
+            outputs = [one async for one in engine.generate(list(story[:6].encode()), tokens(3))]
+            assert outputs[-1].outputs[0].token_ids == list(story[6:9].encode())
+            with pytest.raises(InvalidRequest, match="no tokenizer"):
+                await text_of(engine.generate("text"))
+
+    run(test())
+
+
+def test_a_slow_reader_slows_nobody(make_engine: MakeEngine, story: str) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine()) as engine:
+            slow = engine.generate(story[:6], tokens(30), priority=0)
+            first = await anext(slow)
+            begun = first.outputs[0].text
+            assert await text_of(engine.generate(story[:6], tokens(40), priority=1)) == story[6:46]
+            rest = [output.new_text async for output in slow]
+            assert begun + "".join(rest) == story[6:36]
+            assert len(rest) <= 1  # what gathered meanwhile comes in one piece
+
+    run(test())
+
+
+def test_set_priority_lets_a_request_overtake(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate, max_num_seqs=1)) as engine:
+            held = await gate.hold(engine)
+            ended: list[str] = []
+
+            async def read(request_id: str) -> None:
+                await text_of(engine.generate("x", tokens(3), request_id, priority=5))
+                ended.append(request_id)
+
+            readers = [asyncio.create_task(read(name)) for name in ("a", "b", "c")]
+            await asyncio.sleep(0)
+            engine.set_priority("c", -5)
+            gate.may_pass.set()
+            await asyncio.gather(held, *readers)
+            assert ended == ["c", "a", "b"]
+
+    run(test())
+
+
+# --- readers who go -------------------------------------------------------------------------------
+
+
+def test_a_cancelled_reader_s_request_is_aborted(make_engine: MakeEngine, story: str) -> None:
+    """The fixture checks that the pool is idle afterwards."""
+
+    async def test() -> None:
+        inner = make_engine(max_num_seqs=1)
+        async with AsyncEngine(inner) as engine:
+            running = engine.generate(story[:6], tokens(700), "running")
+            await anext(running)
+            waiting = asyncio.create_task(text_of(engine.generate(story[:6], tokens(700))))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            await running.aclose()
+            assert await text_of(engine.generate(story[:6], tokens(4))) == story[6:10]
+            assert inner.scheduler.block_manager.statistics().held == 0
+
+    run(test())
+
+
+def test_abort_ends_the_stream(make_engine: MakeEngine, story: str) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine()) as engine:
+            stream = engine.generate(story[:6], tokens(700), "mine")
+            await anext(stream)
+            await engine.abort("mine")
+            await engine.abort("nobody")
+            last = [output async for output in stream][-1]
+            assert (last.finished, last.outputs[0].finish_reason) == (True, "abort")
+            assert story[6:].startswith(last.outputs[0].text)
+
+    run(test())
+
+
+def test_an_id_can_be_used_again_at_once(make_engine: MakeEngine) -> None:
+    """Nothing that was meant for the reader before reaches the new one."""
+
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate)) as engine:
+            old = engine.generate("old", tokens(700), "same")
+            await anext(old)
+            gate.is_inside.clear()
+            gate.may_pass.clear()
+            await asyncio.to_thread(gate.is_inside.wait, TIMEOUT)
+            await old.aclose()
+            new = asyncio.create_task(text_of(engine.generate("new", tokens(3), "same")))
+            await asyncio.sleep(0)
+            gate.may_pass.set()
+            assert await new == "aaa"
+
+    run(test())
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_duplicate_id_costs_its_neighbour_nothing(make_engine: MakeEngine, story: str) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine()) as engine:
+            stream = engine.generate(story[:6], tokens(20), "same")
+            begun = (await anext(stream)).new_text
+            with pytest.raises(DuplicateRequest, match="request id 'same' is in use"):
+                await text_of(engine.generate(story[:9], tokens(20), "same"))
+            assert begun + "".join([one.new_text async for one in stream]) == story[6:26]
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "priority", "message"),
+    [
+        ("", 0, "the prompt is empty, needs at least 1 character"),
+        ([], 0, "the prompt is empty, needs at least 1 token"),
+        ([1, "b"], 0, "the prompt holds 'b', must be a text or token ids"),
+        (7, 0, "the prompt is of type int, must be a text or a list of token ids"),
+        ([1, 999], 0, "has token id 999, the vocabulary is 0 … 257"),
+        ("x" * 800, 0, "has 800 tokens, the whole KV pool holds 800 tokens"),
+        ("x", 2**63, "is 9223372036854775808, must be an int64"),
+    ],
+)
+def test_a_refused_request_gets_a_reply(
+    make_engine: MakeEngine, story: str, prompt: Any, priority: int, message: str
+) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine()) as engine:
+            good = asyncio.create_task(text_of(engine.generate(story[:6], tokens(20))))
+            with pytest.raises(InvalidRequest, match=message) as caught:
+                await text_of(engine.generate(prompt, priority=priority))
+            assert "\n" not in str(caught.value)
+            assert await good == story[6:26]
+
+    run(test())
+
+
+def test_a_full_ring_is_said_or_waited_for(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate, ingress_capacity=2)) as engine:
+            held = await gate.hold(engine)
+            readers = [
+                asyncio.create_task(text_of(engine.generate("x", tokens(2)))) for _ in range(6)
+            ]
+            await asyncio.sleep(0)
+            # The step still waits at the gate, so this cannot have waited for room.
+            with pytest.raises(QueueFull, match="2 requests have arrived since the last step"):
+                await text_of(engine.generate("x", wait_for_room=False))
+            gate.may_pass.set()
+            assert await asyncio.gather(*readers) == ["aa"] * 6
+            assert await held == "a"
+
+    run(test())
+
+
+def test_a_full_queue_is_said_or_waited_for(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        inner = make_engine(executor=gate, max_num_seqs=1, max_num_queued_reqs=2)
+        async with AsyncEngine(inner) as engine:
+            held = await gate.hold(engine)
+            readers = [
+                asyncio.create_task(text_of(engine.generate("x", tokens(2)))) for _ in range(6)
+            ]
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull, match="2 requests are waiting, at most 2 may"):
+                await text_of(engine.generate("x", wait_for_room=False))
+            gate.may_pass.set()
+            assert await asyncio.gather(held, *readers) == ["a"] + ["aa"] * 6
+
+    run(test())
+
+
+def test_a_reader_who_gives_up_waiting_for_room_leaves_nothing(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate, ingress_capacity=1)) as engine:
+            held = await gate.hold(engine)
+            first = asyncio.create_task(text_of(engine.generate("x", tokens(1))))
+            second = asyncio.create_task(text_of(engine.generate("x", tokens(1), "second")))
+            await asyncio.sleep(0)
+            second.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            gate.may_pass.set()
+            assert await asyncio.gather(held, first) == ["a", "a"]
+            assert await text_of(engine.generate("x", tokens(2), "second")) == "aa"
+
+    run(test())
+
+
+# --- faults and ends ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("out of smoke"), MemoryError("out of paper")])
+def test_a_step_that_fails_is_heard_of_by_every_reader(
+    make_engine: MakeEngine, fault: Exception
+) -> None:
+    async def test() -> None:
+        gate = Gate()
+        inner = make_engine(executor=gate, max_num_seqs=2, ingress_capacity=3)
+        async with AsyncEngine(inner) as engine:
+            held = await gate.hold(engine)
+            # In the ring, and outside waiting for room.
+            readers = [
+                asyncio.create_task(text_of(engine.generate("x", tokens(5)))) for _ in range(6)
+            ]
+            await asyncio.sleep(0)
+            gate.fault = fault
+            gate.may_pass.set()
+            replies = await asyncio.gather(held, *readers, return_exceptions=True)
+            message = f"the step loop died of {type(fault).__name__}: {fault}"
+            assert [(type(one), str(one)) for one in replies] == [(EngineStopped, message)] * 7
+            assert isinstance(replies[0], EngineStopped) and replies[0].__cause__ is fault
+            # And by everybody who comes later, also where the ring is full.
+            for _ in range(5):
+                with pytest.raises(EngineStopped, match=str(fault)):
+                    await text_of(engine.generate("x"))
+                await engine.abort("held")
+        assert gate.is_closed
+
+    run(test())
+
+
+def test_shutdown_ends_what_is_unfinished(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        engine = AsyncEngine(make_engine(executor=gate, max_num_seqs=1, ingress_capacity=2))
+        streams = [engine.generate("x", tokens(700)) for _ in range(5)]
+        begun = await anext(streams[0])
+        assert begun.outputs[0].text.startswith("a")
+        readers = [asyncio.create_task(text_of(stream)) for stream in streams[1:]]
+        await asyncio.sleep(0)
+        await engine.shutdown()
+        await engine.shutdown()
+        replies = await asyncio.gather(*readers, return_exceptions=True)
+        assert [type(reply) for reply in replies] == [EngineStopped] * 4
+        with pytest.raises(EngineStopped, match=r"^the engine has been stopped$"):
+            async for _ in streams[0]:
+                pass
+        with pytest.raises(EngineStopped):
+            await text_of(engine.generate("late"))
+        assert gate.is_closed
+
+    run(test())
+
+
+def test_shutdown_of_an_idle_engine_returns(make_engine: MakeEngine) -> None:
+    """Many times, because a wake-up lost between two threads is lost rarely."""
+
+    async def test() -> None:
+        for _ in range(200):
+            engine = AsyncEngine(make_engine())
+            engine.start()
+            await engine.shutdown()
+
+    run(test())
+
+
+def test_an_engine_that_was_never_started_can_be_shut_down(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        engine = AsyncEngine(make_engine())
+        await engine.shutdown()
+        with pytest.raises(EngineStopped):
+            await text_of(engine.generate("x"))
+
+    run(test())

@@ -1,0 +1,263 @@
+"""Offline use with the default model: prompts in, results out, and an engine that stays usable."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from headway.core.errors import InvalidRequest
+from headway.core.request import SamplingParams
+from headway.engine.engine import Step
+from headway.engine.llm import LLM
+
+pytestmark = pytest.mark.model
+
+CAPITAL = "The capital of France is"
+
+
+def greedy(max_tokens: int = 8, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, **more)
+
+
+def ask(llm: LLM, prompt: str = CAPITAL, **more: Any) -> str:
+    (output,) = llm.generate(prompt, greedy(**more))
+    return output.outputs[0].text
+
+
+@pytest.fixture(autouse=True)
+def still_serves(llm: LLM) -> Iterator[None]:
+    """Whatever a test did, the engine is idle and serves the next one."""
+    yield
+    assert not llm.engine.has_work
+    assert ask(llm, max_tokens=2) == " Paris."
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_completed(llm: LLM) -> None:
+    (output,) = llm.generate(CAPITAL, greedy(8))
+    assert output.finished
+    assert output.prompt == CAPITAL
+    assert output.prompt_token_ids == llm.tokenizer.encode(CAPITAL)
+    (completion,) = output.outputs
+    assert completion.text.startswith(" Paris.")
+    assert completion.text == llm.tokenizer.decode(completion.token_ids)
+    assert (len(completion.token_ids), completion.finish_reason) == (8, "length")
+    assert output.metrics is not None
+    assert 0 < (output.metrics.ttft or 0) <= (output.metrics.latency or 0)
+
+
+def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    """Also where they end in another one: by priority, and by length."""
+    prompts = ["One, two, three,", CAPITAL, llm.tokenizer.encode("A B C D"), "Water is"] * 5
+    params = [greedy(2 + index % 5) for index in range(20)]
+    outputs = llm.generate(prompts, params, priority=[-index for index in range(20)])
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        if isinstance(prompt, str):
+            assert output.prompt == prompt
+        else:
+            assert (output.prompt, output.prompt_token_ids) == (None, prompt)
+        assert output.priority == -index
+        assert output.sampling_params is params[index]
+        assert len(output.outputs[0].token_ids) == 2 + index % 5
+    texts = [output.outputs[0].text[:3] for output in outputs]
+    assert texts == texts[:4] * 5
+
+
+def test_no_prompts_no_results(llm: LLM) -> None:
+    assert llm.generate([]) == []
+
+
+def test_the_most_urgent_ends_first(llm: LLM) -> None:
+    """More requests than slots, all alike but for their priority."""
+    outputs = llm.generate([CAPITAL] * 12, greedy(4), priority=[12 - n for n in range(12)])
+    ends = [output.metrics.finish_time for output in outputs if output.metrics is not None]
+    assert ends == sorted(ends, reverse=True)
+    assert ends[-1] < ends[0]
+
+
+def test_chat(llm: LLM) -> None:
+    question = [{"role": "user", "content": "What is the capital of France? One word."}]
+    one = llm.chat(question, greedy(8))
+    both = llm.chat([question, [{"role": "user", "content": "Say hello."}]], greedy(8))
+    assert len(one) == 1
+    assert "Paris" in one[0].outputs[0].text
+    assert len(both) == 2
+    assert both[0].outputs == one[0].outputs
+    assert llm.tokenizer.decode(one[0].prompt_token_ids, skip_special_tokens=False).endswith(
+        "<|im_start|>assistant\n"
+    )
+    with pytest.raises(InvalidRequest, match="messages is empty"):
+        llm.chat([[]])
+
+
+# --- where it ends --------------------------------------------------------------------------------
+
+
+def test_a_stop_text_ends_it_inside_and_across_tokens(llm: LLM) -> None:
+    whole = ask(llm, max_tokens=16)
+    for begin, end in ((3, 5), (6, 12), (len(whole) - 4, len(whole) - 1)):
+        stop = whole[begin:end]
+        (output,) = llm.generate(CAPITAL, greedy(16, stop=(stop, "never to be seen")))
+        completion = output.outputs[0]
+        assert completion.text == whole.partition(stop)[0]
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+
+
+def test_text_that_only_looked_like_a_stop_text_is_not_lost(llm: LLM) -> None:
+    whole = ask(llm, max_tokens=16)
+    assert ask(llm, max_tokens=16, stop=(whole[2:] + " and so on",)) == whole
+
+
+def test_a_stop_token_ends_it(llm: LLM) -> None:
+    (free,) = llm.generate(CAPITAL, greedy(8))
+    wanted = free.outputs[0].token_ids[3]
+    at = free.outputs[0].token_ids.index(wanted)
+    (output,) = llm.generate(CAPITAL, greedy(8, stop_token_ids=frozenset({wanted})))
+    completion = output.outputs[0]
+    assert completion.token_ids == free.outputs[0].token_ids[: at + 1]
+    assert completion.text == llm.tokenizer.decode(completion.token_ids[:-1])
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", wanted)
+
+
+def test_the_end_token_ends_it_unless_told_otherwise(llm: LLM) -> None:
+    prompt = llm.render_chat([{"role": "user", "content": "Say hello."}])
+    ended, went_on = llm.generate([prompt] * 2, [greedy(60), greedy(60, ignore_eos=True)])
+    assert ended.outputs[0].finish_reason == "stop"
+    assert ended.outputs[0].stop_reason is None
+    assert ended.outputs[0].token_ids[-1] in llm.tokenizer.eos_token_ids
+    length = len(ended.outputs[0].token_ids)
+    assert length < 60
+    assert went_on.outputs[0].token_ids[:length] == ended.outputs[0].token_ids
+    assert (len(went_on.outputs[0].token_ids), went_on.outputs[0].finish_reason) == (60, "length")
+
+
+# --- chance ---------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_text_whatever_the_batch(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=10, temperature=1.2, seed=7)
+    (alone,) = llm.generate(CAPITAL, params)
+    crowd = llm.generate(
+        ["Once upon a time", CAPITAL, "def main():", CAPITAL, "1 2 3 4 5"],
+        [greedy(12), params, SamplingParams(max_tokens=9, seed=3), params, greedy(4)],
+        priority=[0, 2, 1, 0, 1],
+    )
+    other, without = llm.generate(
+        [CAPITAL] * 2,
+        [
+            SamplingParams(max_tokens=10, temperature=1.2, seed=8),
+            SamplingParams(max_tokens=10, temperature=1.2),
+        ],
+    )
+    assert crowd[1].outputs == crowd[3].outputs == alone.outputs
+    assert other.outputs != alone.outputs
+    assert without.outputs != alone.outputs
+    # A seed that was drawn is told, so that the text can be had again.
+    (again,) = llm.generate(CAPITAL, without.sampling_params)
+    assert without.sampling_params.seed is not None
+    assert again.outputs == without.outputs
+
+
+def test_greedy_text_is_the_same_whatever_the_batch(llm: LLM) -> None:
+    prompts = [CAPITAL, "Water boils at", "Two plus two is", "My favourite colour is", "Once"]
+    alone = [ask(llm, prompt, max_tokens=10) for prompt in prompts]
+    together = llm.generate(prompts, greedy(10))
+    assert [output.outputs[0].text for output in together] == alone
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "priority", "message"),
+    [
+        ("", 0, "the prompt is empty, needs at least 1 character"),
+        ([CAPITAL, ""], 0, "the prompt is empty, needs at least 1 character"),
+        ([[]], 0, "the prompt is empty, needs at least 1 token"),
+        ([3], 0, "the prompt is of type int, must be a text or a list of token ids"),
+        ([[3, 4.5]], 0, "the prompt holds 4.5, must be a text or token ids"),
+        ([[3, 49_152]], 0, "has token id 49152, the vocabulary is 0 … 49151"),
+        ([[3, -1]], 0, "-1"),
+        ([[3] * 8192], 0, "has 8192 tokens, "),
+        (CAPITAL, 2**63, "priority of request 'llm-"),
+        (CAPITAL, 0.5, "priority of request 'llm-"),
+        ([CAPITAL] * 3, [1, 2], "priority has 2 values for 3 prompts"),
+    ],
+)
+def test_a_prompt_that_cannot_be_served_is_refused(
+    llm: LLM, prompts: Any, priority: Any, message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate(prompts, greedy(), priority=priority)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -5, 1.5])
+def test_max_tokens_must_be_positive(max_tokens: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"^max_tokens is {max_tokens}, must be at least 1$"):
+        SamplingParams(max_tokens=max_tokens)
+
+
+def test_parameters_for_each_prompt_must_be_as_many(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match=r"^sampling_params has 1 values for 2 prompts$"):
+        llm.generate([CAPITAL] * 2, [greedy()])
+
+
+def test_the_text_ends_where_the_pool_does(llm: LLM) -> None:
+    limit = llm.engine.scheduler.config.max_request_tokens
+    prompt = llm.tokenizer.encode("word " * limit)[: limit - 3]
+    (output,) = llm.generate([prompt], greedy(100, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 3
+    assert output.outputs[0].finish_reason == "length"
+
+
+# --- the terminal ---------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_an_engine_that_can_be_used(llm: LLM) -> None:
+    def press(step: Step) -> None:
+        if len(step.output) == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    llm.engine.observers.append(press)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([CAPITAL] * 30, greedy(50, ignore_eos=True))
+    finally:
+        llm.engine.observers.remove(press)
+    assert llm.engine.scheduler.block_manager.statistics().held == 0
+    assert not llm.engine.scheduler.requests
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "use_tqdm", "is_shown"),
+    [(False, None, False), (True, None, True), (True, False, False)],
+)
+def test_the_bar_is_for_terminals(
+    llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_terminal: bool,
+    use_tqdm: bool | None,
+    is_shown: bool,
+) -> None:
+    stderr = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    llm.generate(CAPITAL, greedy(3), use_tqdm=use_tqdm)
+    assert ("generating" in stderr.getvalue()) is is_shown
+    assert is_shown or not stderr.getvalue()
+    assert not capsys.readouterr().out
