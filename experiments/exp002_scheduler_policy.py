@@ -263,8 +263,12 @@ class ModelBackend:
         self._engine = replace(self._config, kv_cache_bytes=128 << 20).build()
         executor: Any = self._engine.executor
         self._bytes_per_block: int = executor.bytes_per_block
-        #: What runs, for the record.
-        self.description: dict[str, str] = executor.describe()
+        #: What runs, for the record; pools are the scenarios' own.
+        self.description: dict[str, str] = {
+            label: value
+            for label, value in executor.describe().items()
+            if label not in ("KV cache", "swap space")
+        }
         self._fixed_time_scale = time_scale
         self.time_scale = time_scale or 1.0
 
@@ -585,10 +589,17 @@ def plot(results: Sequence[Result], title: str, path: Path) -> None:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    handles, labels = handles[::-1], labels[::-1]
+    handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+    labels = sorted(handles)
     figure.suptitle(title, fontsize=11)
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(
+        [handles[one] for one in labels],
+        labels,
+        loc="lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+    )
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=140)
 
