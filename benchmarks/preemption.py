@@ -62,9 +62,9 @@ ALONE = Way("alone", "none", 1, 256, is_disturbed=False)
 WAYS = (
     Way("in a batch", "none", 16, 256, is_disturbed=False),
     Way("pause", "pause", 8, 101),
-    Way("swap", "swap", 16, 61, num_blocks=64),
-    Way("auto", "auto", 16, 101, num_blocks=64),
-    Way("recompute", "recompute", 16, 61, num_blocks=64),
+    Way("swap", "swap", 16, 61, num_blocks=28),
+    Way("auto", "auto", 16, 101, num_blocks=28),
+    Way("recompute", "recompute", 16, 61, num_blocks=28),
 )
 
 
@@ -185,8 +185,8 @@ def make_cases(count: int, num_tokens: int, tokenizer: Tokenizer) -> list[Case]:
 class Driver:
     """Runs the cases and makes each yield at its points.
 
-    A request is demoted, and an urgent one arrives that needs its slot or its blocks; once the
-    request has yielded, it gets its rank back.
+    A request is demoted; where nobody waits for its slot or its blocks, urgent ones arrive. Once
+    the request has yielded, it gets its rank back.
     """
 
     def __init__(self, engine: Engine, cases: Sequence[Case], is_disturbed: bool) -> None:
@@ -226,16 +226,23 @@ class Driver:
                 points.pop(0)  # somebody else's interruption has met it
 
     def _interrupt(self) -> None:
+        """See to it that somebody wants what the demoted request has."""
         scheduler = self.engine.scheduler
-        missing = scheduler.block_manager.num_available + 1
-        longest = min(missing * scheduler.config.block_size, 300)
-        slots = scheduler.config.max_num_seqs - len(scheduler.running_queue)
-        for _ in range(slots + 1):
-            self.num_urgent += 1
-            length = self.random.randint(max(2, longest - 40), longest)
-            prompt = [self.random.randrange(100, 40_000) for _ in range(length)]
-            tokens = self.random.randint(1, 4)
-            self.engine.submit(greedy(f"urgent-{self.num_urgent}", prompt, tokens, URGENT))
+        num_running = len(scheduler.running_queue)
+        if len(scheduler.requests) > num_running:
+            return
+        num_available = scheduler.block_manager.num_available
+        if num_available < 8:  # one that needs a block more than there are
+            self._submit_urgent((num_available + 1) * scheduler.config.block_size)
+        else:
+            for _ in range(scheduler.config.max_num_seqs - num_running + 1):
+                self._submit_urgent(self.random.randint(2, 40))
+
+    def _submit_urgent(self, length: int) -> None:
+        self.num_urgent += 1
+        prompt = [self.random.randrange(100, 40_000) for _ in range(length)]
+        tokens = self.random.randint(1, 4)
+        self.engine.submit(greedy(f"urgent-{self.num_urgent}", prompt, tokens, URGENT))
 
 
 def run_alone(engine: Engine, cases: Sequence[Case]) -> None:

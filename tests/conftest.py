@@ -122,8 +122,10 @@ def drain() -> Callable[[Engine], list[EngineOutput]]:
 
 @pytest.fixture(scope="session")
 def llm() -> Iterator[LLM]:
-    """The default model, and room for few: eight slots, chunks of 64 tokens."""
-    llm = LLM(max_num_seqs=8, max_num_batched_tokens=64, kv_cache_bytes=200_000_000)
+    """The default model, and room for few: eight slots, chunks of 64, contexts of 512 tokens."""
+    llm = LLM(
+        max_num_seqs=8, max_num_batched_tokens=64, max_model_len=512, kv_cache_bytes=200_000_000
+    )
     yield llm
     assert_idle(llm.engine)
     llm.close()

@@ -125,8 +125,12 @@ _SwapSize = Annotated[
     ),
 ]
 _Mode = Annotated[
-    PreemptionMode,
-    typer.Option(help="How memory is taken from less urgent requests.", rich_help_panel=_ENGINE),
+    str,
+    typer.Option(
+        metavar=f"[{'|'.join(mode.value for mode in PreemptionMode)}]",
+        help="How memory is taken from less urgent requests.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 
 
@@ -187,7 +191,7 @@ def generate(
             metavar=f"[{'|'.join(POLICIES)}]", help="Who goes next.", rich_help_panel=_ENGINE
         ),
     ] = "priority",
-    preemption_mode: _Mode = PreemptionMode.AUTO,
+    preemption_mode: _Mode = PreemptionMode.AUTO.value,
     max_num_seqs: Annotated[
         int, typer.Option(help="Requests in a step, at most.", rich_help_panel=_ENGINE)
     ] = 64,
@@ -237,7 +241,7 @@ def demo(
         float, typer.Option(min=3, max=600, help="How long each of the two runs should take.")
     ] = 28.0,
     seed: Annotated[int, typer.Option(help="Of the lengths and arrival times.")] = 0,
-    preemption_mode: _Mode = PreemptionMode.AUTO,
+    preemption_mode: _Mode = PreemptionMode.AUTO.value,
     as_json: _Json = False,
 ) -> None:
     """Watch urgent requests overtake batch work (about a minute).
@@ -371,8 +375,8 @@ def _generate(
     request = Request(
         "prompt", priority, prompt, prompt_token_ids=token_ids, sampling_params=params
     )
-    result = RequestOutput.of(request)
     llm.engine.submit(request)
+    result = RequestOutput.of(request)
     is_at_line_start = True
     try:
         while not result.finished:
@@ -381,8 +385,8 @@ def _generate(
                     raise output.error
                 result.extend(output)
                 if output.text and not as_json:
-                    print(output.text, end="", flush=True)
                     is_at_line_start = output.text.endswith("\n")
+                    print(output.text, end="", flush=True)
     finally:
         if not is_at_line_start:
             print(flush=True)

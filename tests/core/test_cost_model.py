@@ -79,6 +79,15 @@ def test_stays_finite_and_right_when_the_load_never_varies() -> None:
         assert model.predict_ms(other) == pytest.approx(true_ms(other), rel=0.1, abs=2.0)
 
 
+def test_forgetting_fast_does_not_wind_it_up() -> None:
+    """Without a bound its uncertainty would grow by a ninth a step, beyond all floats."""
+    model = CostModel(forgetting=0.9)
+    for _ in range(10_000):
+        model.observe(StepFeatures(0, 8, 1024), 17.0)
+    assert model.predict_ms(StepFeatures(0, 8, 1024)) == pytest.approx(17.0, rel=0.01)
+    assert all(c < 1e3 for c in model.coefficients)
+
+
 @given(
     st.lists(
         st.tuples(

@@ -261,18 +261,25 @@ def test_leaving_gives_the_swap_space_back(lab: type[Lab], call: str) -> None:
 def test_a_slot_read_in_a_step_is_not_written_in_it(lab: type[Lab]) -> None:
     """The executor copies out before it copies in."""
     tight = lab(
-        preemption_mode="swap", num_blocks=6, num_swap_blocks=6, enable_prefix_caching=False
+        max_num_seqs=2,
+        preemption_mode="swap",
+        num_blocks=8,
+        num_swap_blocks=3,
+        enable_prefix_caching=False,
     )
-    for i in range(4):
-        tight.add(f"r{i}", 3, num_prompt=6 + i, max_tokens=8)
+    tight.add("back", 5, num_prompt=10, max_tokens=9)
     tight.step()
-    for i in range(12):
-        if i % 3 == 0:
-            tight.add(f"u{i}", 1, num_prompt=14, max_tokens=2)
-        output = tight.step().output
-        read = {slot for slot, _ in output.swap_in}
-        assert not read & {slot for _, slot in output.swap_out}
-    assert tight.scheduler.statistics().preemptions["swap"] > 0
+    tight.add("urgent", 0, num_prompt=22, max_tokens=1)
+    assert len(tight.step().output.swap_out) == 3
+    tight.add("grows", 2, num_prompt=6, max_tokens=9)
+    tight.add("yields", 3, num_prompt=10, max_tokens=9)
+    assert [step.ids for step in tight.steps(3)] == [["grows", "yields"]] * 3
+    tight.scheduler.set_priority("back", 1)
+    step = tight.step()  # "back" fills the pool, then "grows" needs a block of "yields"
+    assert step.ids == ["back", "grows"]
+    assert len(step.output.swap_in) == 3
+    assert step.output.swap_out == []  # its slots are free from the next step on
+    assert ("yields", Mode.RECOMPUTE) in step.yields
     tight.drain()
 
 

@@ -12,6 +12,7 @@ from headway.core import invariants
 from headway.core.config import PreemptionMode, SchedulerConfig
 from headway.core.cost_model import CostModel
 from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong, UnknownRequest
+from headway.core.policy import AgingPolicy
 from headway.core.request import PriorityRequest, Request, RequestStatus, SamplingParams
 from headway.core.scheduler import PriorityScheduler
 
@@ -334,6 +335,38 @@ def test_nobody_is_evicted_unless_the_whole_need_is_met(lab: type[Lab], mode: st
     assert step.ids[0] == "big"
     assert ("batch", "big") in [one[:3:2] for one in step.output.preemptions]
     full.drain()
+
+
+@pytest.mark.parametrize("mode", TAKING)
+@pytest.mark.parametrize(("arrival", "takes"), [(6.0, False), (4.0, True)])
+def test_blocks_are_taken_only_from_those_behind_by_the_margin(
+    lab: type[Lab], mode: str, arrival: float, takes: bool
+) -> None:
+    """Both times the newcomer goes before "first"; only once by more than the margin of 5 s."""
+    full = lab(num_blocks=4, policy=AgingPolicy(tau=10.0), preemption_mode=mode)
+    first = full.add("first", 1, num_prompt=10, max_tokens=3)
+    full.step()
+    full.now = arrival
+    newcomer = full.add("newcomer", 0, num_prompt=6, max_tokens=2)
+    assert newcomer < first
+    assert (full.step().ids == ["newcomer"]) is takes
+    assert (first.num_preemptions == 1) is takes
+    full.drain()
+
+
+def test_nobody_is_let_past_a_resident_that_cannot_grow(lab: type[Lab]) -> None:
+    crowd = lab(num_blocks=9, preemption_mode="tail")
+    crowd.add("a", 1, num_prompt=2, max_tokens=3)
+    crowd.add("b", 1, num_prompt=22, max_tokens=5)
+    crowd.step()
+    crowd.add("urgent", 0, num_prompt=17, max_tokens=3)  # takes three blocks of "b"
+    crowd.add("small", 2, num_prompt=2)
+    assert crowd.step().ids == ["urgent", "a"]
+    assert crowd.step().finished == ["a"]
+    assert crowd.scheduler.block_manager.num_available == 1  # enough for "small", not for "b"
+    assert crowd.step().ids == ["urgent"]
+    assert crowd.step().ids == ["b", "small"]
+    crowd.drain()
 
 
 def test_growing_never_takes_from_above(lab: type[Lab]) -> None:

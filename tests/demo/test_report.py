@@ -10,20 +10,19 @@ import pytest
 from rich.console import Console
 
 from headway.demo.picture import draw
-from headway.demo.report import as_data, conclusion, num_equal_outputs, summarize_run, table
+from headway.demo.report import as_data, conclusion, num_equal_outputs, summarize_runs, table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import Simulation
-
     from headway.demo.report import RunSummary
     from headway.demo.run import Run
 
 
 @pytest.fixture
 def summaries(runs: list[Run]) -> list[RunSummary]:
-    return [summarize_run(run) for run in runs]
+    return summarize_runs(runs)
 
 
 def test_nothing_of_an_output_depends_on_the_policy(runs: list[Run]) -> None:
@@ -66,8 +65,8 @@ def test_runs_that_were_cut_off_are_reported_as_such(
     runs = [simulation.run(policy, limit=5.0) for policy in ("priority", "fcfs")]
     for run in runs:
         run.serve()
-    summaries = [summarize_run(run) for run in runs]
-    assert sum(summaries[1].num_unfinished.values()) > 20
+    summaries = summarize_runs(runs)
+    assert sum(summaries[1].num_unfinished.values()) >= 20
     console = Console(file=io.StringIO(), width=80)
     with console.capture() as capture:
         console.print(table(summaries))
@@ -76,13 +75,20 @@ def test_runs_that_were_cut_off_are_reported_as_such(
     draw(runs, summaries, tmp_path / "picture.png")
 
 
-def test_the_picture_is_a_png(
-    runs: list[Run], summaries: list[RunSummary], tmp_path: Path
-) -> None:
+def test_the_picture_is_a_png(runs: list[Run], summaries: list[RunSummary], tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     draw(runs, summaries, path)
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG")
-    width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     assert 1000 < width < 2500
     assert 1000 < height < 2500
+
+
+def test_only_what_came_in_both_runs_is_compared(simulation: Simulation) -> None:
+    fast = simulation.make_load(speed=200.0)  # work for a slower machine: soon done
+    long = [simulation.run("priority", limit=600.0), simulation.run("fcfs", fast)]
+    for run in long:
+        run.serve()
+    urgent = [summary.classes["urgent"].num_requests for summary in summarize_runs(long)]
+    assert urgent[0] == urgent[1] < len(simulation.load.arrivals) - 24

@@ -55,7 +55,15 @@ def test_a_run_waits_for_what_is_still_to_come(simulation: Simulation) -> None:
     run = simulation.run("priority", load)
     run.serve()
     assert run.requests[1].first_scheduled_time == pytest.approx(run.start + 90.0)
-    assert run.busy_seconds < run.elapsed / 2
+    assert len(run.finished) == 2
+
+
+def test_urgent_requests_stop_coming_when_the_batch_work_is_done(simulation: Simulation) -> None:
+    load = simulation.make_load(speed=200.0)  # work for a slower machine: soon done
+    run = simulation.run("priority", load)
+    run.serve()
+    assert len(run.finished) == len(run.requests) < len(load.arrivals)
+    assert run.elapsed < load.seconds * 0.8
 
 
 def test_a_run_that_takes_too_long_is_cut_off(simulation: Simulation) -> None:

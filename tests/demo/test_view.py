@@ -14,7 +14,6 @@ from headway.demo.view import make_view, render
 
 if TYPE_CHECKING:
     from conftest import Simulation
-
     from headway.engine.engine import Step
 
 SIZES = list(itertools.product((20, 40, 80, 120, 250), (4, 12, 24, 40, 80)))

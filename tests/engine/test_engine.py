@@ -398,7 +398,7 @@ def test_a_preempted_request_s_output_equals_its_undisturbed_one(
         engine.step()
         invariants.check(engine.scheduler)
         turn += 1
-        if turn % 3 == 0:
+        if turn % 3 == 0 and turn <= 36:  # for ever, and nobody would get anywhere
             engine.set_priority(f"{turn // 3 * 5 % 8}", -turn)
     assert [request.output_token_ids for request in requests] == expected
     llm.engine.scheduler.block_manager.reset_prefix_cache()  # the pool was used behind its back

@@ -184,8 +184,8 @@ def test_greedy_text_is_the_same_whatever_the_batch(llm: LLM) -> None:
         ([3], 0, "the prompt is of type int, must be a text or a list of token ids"),
         ([[3, 4.5]], 0, "the prompt holds 4.5, must be a text or token ids"),
         ([[3, 49_152]], 0, "has token id 49152, the vocabulary is 0 … 49151"),
-        ([[3, -1]], 0, "-1"),
-        ([[3] * 8192], 0, "has 8192 tokens, "),
+        ([[3, -1]], 0, "must be a text or token ids of 0 … 2**63 − 1"),
+        ([[3] * 512], 0, "has 512 tokens, the context is 512 tokens"),
         (CAPITAL, 2**63, "priority of request 'llm-"),
         (CAPITAL, 0.5, "priority of request 'llm-"),
         ([CAPITAL] * 3, [1, 2], "priority has 2 values for 3 prompts"),
@@ -211,9 +211,8 @@ def test_parameters_for_each_prompt_must_be_as_many(llm: LLM) -> None:
         llm.generate([CAPITAL] * 2, [greedy()])
 
 
-def test_the_text_ends_where_the_pool_does(llm: LLM) -> None:
-    limit = llm.engine.scheduler.config.max_request_tokens
-    prompt = llm.tokenizer.encode("word " * limit)[: limit - 3]
+def test_the_text_ends_where_the_context_does(llm: LLM) -> None:
+    prompt = llm.tokenizer.encode("word " * 512)[: 512 - 3]
     (output,) = llm.generate([prompt], greedy(100, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 3
     assert output.outputs[0].finish_reason == "length"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from headway.core.config import SchedulerConfig
@@ -113,5 +115,5 @@ def test_a_whole_life_is_covered_without_gaps(mode: str) -> None:
         assert segments[0].start == request.arrival_time
         assert segments[-1].end == request.finish_time
         assert all(one.start < one.end for one in segments)
-        assert all(a.end == b.start for a, b in zip(segments, segments[1:], strict=False))
-        assert all(a.phase is not b.phase for a, b in zip(segments, segments[1:], strict=False))
+        assert all(a.end == b.start for a, b in pairwise(segments))
+        assert all(a.phase is not b.phase for a, b in pairwise(segments))

@@ -6,17 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from headway.core.config import PreemptionMode
+from headway.core.request import Request
 from headway.demo.load import BATCH_PRIORITY, URGENT_PRIORITY
 from headway.demo.run import Run
 from headway.engine.metrics import ClassSummary, summarize
 
-__all__ = ["RunSummary", "as_data", "conclusion", "num_equal_outputs", "summarize_run", "table"]
+__all__ = ["RunSummary", "as_data", "conclusion", "num_equal_outputs", "summarize_runs", "table"]
 
 #: The ladder's ways to yield, cheapest first.
 _MODES = [
@@ -28,7 +30,7 @@ _MODES = [
         PreemptionMode.RECOMPUTE,
     )
 ]
-#: Runs whose steps took this many times as long as the other's are not quite comparable.
+#: Runs whose steps took so many times as long as the other's are not quite comparable.
 _NOISE = 1.2
 _NAMES = {URGENT_PRIORITY: "urgent", BATCH_PRIORITY: "batch"}
 
@@ -42,23 +44,30 @@ class RunSummary:
         seconds: from the start to the last token.
         num_unfinished: requests that the time limit cut off, by class; 0 normally.
         classes: of the finished requests, by ``"urgent"`` and ``"batch"``.
-        busy_seconds: that were spent in steps.
+        full_step_ms: median duration of a step that decodes with (almost) all slots; None if
+            there was none.
         tokens_per_second: generated, by class, from the start to the class's last token.
         preemptions: how often one of a class yielded, by ``PreemptionMode.value``.
     """
 
     policy: str
     seconds: float
-    busy_seconds: float
+    full_step_ms: float | None
     num_unfinished: dict[str, int]
     classes: dict[str, ClassSummary]
     tokens_per_second: dict[str, float]
     preemptions: dict[str, dict[str, int]]
 
 
-def summarize_run(run: Run) -> RunSummary:
-    """The numbers of a run that is over."""
-    classes = {_NAMES[one.priority]: one for one in summarize(run.finished)}
+def summarize_runs(runs: Sequence[Run]) -> list[RunSummary]:
+    """The numbers of runs that are over; latencies are of the requests that came in all of them."""
+    common = set.intersection(*({one.request_id for one in run.requests} for run in runs))
+    return [_summarize(run, common) for run in runs]
+
+
+def _summarize(run: Run, common: set[str]) -> RunSummary:
+    finished = [one for one in run.finished if one.request_id in common]
+    classes = {_NAMES[one.priority]: one for one in summarize(finished)}
     priorities = {one.request_id: one.priority for one in run.requests}
     yielded: dict[str, Counter[str]] = {name: Counter() for name in _NAMES.values()}
     for _, preemption in run.preemptions:
@@ -66,23 +75,22 @@ def summarize_run(run: Run) -> RunSummary:
     return RunSummary(
         policy=run.policy,
         seconds=run.elapsed,
-        busy_seconds=run.busy_seconds,
+        full_step_ms=median(run.full_step_seconds) * 1e3 if run.full_step_seconds else None,
         num_unfinished={
-            name: sum(one.priority == priority for one in run.load.arrivals)
-            - sum(one.priority == priority for one in run.finished)
+            name: sum(one.priority == priority for one in run.requests if one not in run.finished)
             for priority, name in _NAMES.items()
         },
         classes=classes,
         tokens_per_second={
-            name: one.num_output_tokens / (_last_finish(run, one.priority) - run.start)
+            name: one.num_output_tokens / (_last_finish(finished, one.priority) - run.start)
             for name, one in classes.items()
         },
         preemptions={name: dict(counts) for name, counts in yielded.items()},
     )
 
 
-def _last_finish(run: Run, priority: int) -> float:
-    times = [one.finish_time for one in run.finished if one.priority == priority]
+def _last_finish(requests: Sequence[Request], priority: int) -> float:
+    times = [one.finish_time for one in requests if one.priority == priority]
     return max(time for time in times if time is not None)
 
 
@@ -135,20 +143,22 @@ def conclusion(priority: RunSummary, fcfs: RunSummary, equal: tuple[int, int]) -
         return "The machine was too slow to finish both runs in time, so there is no comparison."
     slower = (batch.latency_mean / other.latency_mean - 1) * 100
     changed = f"{abs(slower):.0f} % {'longer' if slower > 0 else 'less long'} on average"
+    ratio = theirs.ttft_p50 / ours.ttft_p50
     text = (
-        f"Urgent requests got their first token {theirs.ttft_p50 / ours.ttft_p50:.0f} times sooner "
+        f"Urgent requests got their first token {ratio:.{0 if ratio >= 10 else 1}f} times sooner "
         f"({ours.ttft_p50:.2f} s instead of {theirs.ttft_p50:.2f} s, median), and batch "
         f"requests took {changed}"
     )
     same, common = equal
     which = f"all {common}" if same == common else f"{same} of {common}"
     text += f"; {which} outputs are the same, token for token."
-    ratio = priority.busy_seconds / fcfs.busy_seconds
-    if not 1 / _NOISE < ratio < _NOISE:
-        text += (
-            f" (Something else kept this machine busy: the same work took {ratio:.1f} times as "
-            "long in the first run, so compare with care.)"
-        )
+    if priority.full_step_ms is not None and fcfs.full_step_ms is not None:
+        slowdown = priority.full_step_ms / fcfs.full_step_ms
+        if not 1 / _NOISE < slowdown < _NOISE:
+            text += (
+                " (Something else kept this machine busy: the same step took "
+                f"{slowdown:.1f} times as long in the first run, so compare with care.)"
+            )
     return text
 
 

@@ -13,7 +13,7 @@ from headway.core.cost_model import CostModel
 from headway.core.request import Request, SamplingParams
 from headway.core.scheduler import PriorityScheduler
 from headway.core.scheduler_output import Preemption
-from headway.demo.load import NUM_SLOTS, Load
+from headway.demo.load import NUM_SLOTS, URGENT_PRIORITY, Load
 from headway.engine.engine import Engine, Step
 
 __all__ = ["Run", "measure_speed", "policy_engine"]
@@ -49,8 +49,9 @@ class Run:
         #: The texts generated so far, by request id.
         self.texts: dict[str, str] = {}
         self.num_output_tokens = 0
-        #: Seconds spent in steps. The same work takes the same, unless the machine was busy.
-        self.busy_seconds = 0.0
+        #: Seconds of the steps that only decoded, and with (almost) all slots: much the same
+        #: under every policy, unless the machine had something else to do.
+        self.full_step_seconds: list[float] = []
         #: Whether the time limit cut it off.
         self.is_cut_off = False
         self.start = engine.clock()
@@ -74,7 +75,10 @@ class Run:
         return Counter(preemption.mode for _, preemption in self.preemptions)
 
     def serve(self) -> None:
-        """Serve all of the load, or as much of it as the time limit allows."""
+        """Serve all of the load, or as much of it as the time limit allows.
+
+        Urgent requests stop coming when the batch work is done: they would find no competition.
+        """
         self.engine.observers.append(self._observe)
         pending = list(reversed(self.load.arrivals))
         self.start = self.engine.clock()
@@ -88,6 +92,8 @@ class Run:
                 request = pending.pop().request(self.start)
                 self.requests.append(request)
                 self.engine.submit(request)
+            if not self.engine.has_work and all(one.priority == URGENT_PRIORITY for one in pending):
+                break
             if self.engine.has_work:
                 for output in self.engine.step():
                     request_id = output.request.request_id
@@ -99,7 +105,8 @@ class Run:
         self.engine.observers.remove(self._observe)
 
     def _observe(self, step: Step) -> None:
-        self.busy_seconds += step.end - step.start
+        if step.output.num_batched_tokens == len(step.output) >= NUM_SLOTS - 2:
+            self.full_step_seconds.append(step.end - step.start)
         self.preemptions.extend((step.start, one) for one in step.output.preemptions)
 
 
@@ -110,7 +117,8 @@ def policy_engine(engine: Engine, policy: str, num_blocks: int) -> Engine:
     cost_model = CostModel(
         engine.scheduler.cost_model.coefficients, engine.scheduler.cost_model.swap_ms_per_block
     )
-    return Engine(engine.executor, PriorityScheduler(None, config, cost_model), engine.tokenizer)
+    scheduler = PriorityScheduler(config=config, cost_model=cost_model)
+    return Engine(engine.executor, scheduler, engine.tokenizer, clock=engine.clock)
 
 
 def measure_speed(engine: Engine, prompt_token_ids: Sequence[int]) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from headway.core.config import PreemptionMode
 from headway.core.errors import ConfigError
 from headway.demo.load import (
     DEFAULT_SECONDS,
@@ -19,7 +18,7 @@ from headway.demo.load import (
     read_prompts,
 )
 from headway.demo.picture import draw
-from headway.demo.report import as_data, conclusion, num_equal_outputs, summarize_run, table
+from headway.demo.report import as_data, conclusion, num_equal_outputs, summarize_runs, table
 from headway.demo.run import Run, measure_speed, policy_engine
 from headway.demo.view import make_view
 from headway.engine.llm import LLM
@@ -31,7 +30,7 @@ _POLICIES = ("priority", "fcfs")
 _PATIENCE = 1.75
 
 
-def settings(model: str, preemption_mode: PreemptionMode) -> dict[str, Any]:
+def settings(model: str, preemption_mode: str) -> dict[str, Any]:
     """What the demo's ``LLM`` is built with; its pool holds eight full contexts, to be cut down."""
     return {
         "model": model,
@@ -88,13 +87,13 @@ def show(
             runs.append(run)
             view.follow(run, f"Headway demo · run {number} of {len(_POLICIES)}: {policy}")
             run.serve()
-    summaries = [summarize_run(run) for run in runs]
+    summaries = summarize_runs(runs)
     equal = num_equal_outputs(runs)
     draw(runs, summaries, picture)
     if as_json:
         print(json.dumps(as_data(summaries, equal) | {"picture": str(picture)}))
         return
-    num_urgent = len(load.arrivals) - NUM_BATCH
+    num_urgent = max(len(run.requests) for run in runs) - NUM_BATCH
     console = Console()
     console.print(
         f"\n{NUM_BATCH} batch requests and {num_urgent} urgent ones, {NUM_SLOTS} slots, a KV pool "

@@ -115,7 +115,7 @@ class AsyncEngine:
         request = Request(
             f"req-{next(self._ids)}" if request_id is None else request_id,
             priority,
-            prompt if isinstance(prompt, str) else "",
+            prompt,
             prompt_token_ids=tokenize_prompt(self.engine.tokenizer, prompt),
             sampling_params=sampling_params,
             deadline=deadline,

@@ -87,7 +87,7 @@ class LLM:
             Request(
                 f"llm-{next(self._ids)}",
                 one_priority,
-                prompt if isinstance(prompt, str) else "",
+                prompt,
                 prompt_token_ids=tokenize_prompt(self.tokenizer, prompt),
                 sampling_params=one_params,
             )
@@ -135,7 +135,7 @@ class LLM:
         self.engine.close()
 
     def _run(self, requests: list[Request], use_bar: bool | None) -> list[RequestOutput]:
-        results = {request.request_id: RequestOutput.of(request) for request in requests}
+        results: dict[str, RequestOutput] = {}
         console = Console(stderr=True)
         bar = Progress(
             TextColumn("generating"),
@@ -156,6 +156,7 @@ class LLM:
                 while num_left:
                     while upcoming is not None and self.engine.has_room:
                         self.engine.submit(upcoming)
+                        results[upcoming.request_id] = RequestOutput.of(upcoming)
                         upcoming = next(pending, None)
                     for output in self.engine.step():
                         results[output.request.request_id].extend(output)
