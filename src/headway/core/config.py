@@ -19,8 +19,8 @@ class PreemptionMode(Enum):
     blocks. The modes differ in what happens when *blocks* are short.
     """
 
-    #: A waiting request displaces nobody (as in vLLM); one that runs and cannot grow takes
-    #: the last-ranked one's blocks, which recomputes.
+    #: A waiting request takes no slot and no block from anybody (as in vLLM); one that runs
+    #: and cannot grow takes the last-ranked one's blocks, which recomputes.
     NONE = "none"
     #: A waiting request takes slots, never blocks; growing as in ``NONE``.
     PAUSE = "pause"
@@ -50,10 +50,9 @@ class SchedulerConfig:
         enable_prefix_caching: find the blocks of equal prefixes and share them.
         deterministic: a request's tokens never depend on what happened to it. Attention over
             a generated token's keys differs in the last bits if they were computed by a
-            prefill instead of a decode step, so: generated tokens are recomputed one a step,
+            prefill instead of a decode step, so generated tokens are recomputed one a step, and
             blocks that hold them are shared only with requests whose were generated at the
-            same positions, and no prefill chunk is a single token long. False recomputes
-            faster and shares more.
+            same positions. False recomputes faster and shares more.
         max_step_ms: no step is predicted to take longer; None = no bound.
         eos_token_ids: the model's end tokens.
 
@@ -75,10 +74,9 @@ class SchedulerConfig:
     eos_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        # Three tokens let a deterministic prefill avoid a chunk of one and a rest of one.
         minimums = {
             "max_num_seqs": 1,
-            "max_num_batched_tokens": 3 if self.deterministic else 1,
+            "max_num_batched_tokens": 1,
             "num_blocks": 1,
             "block_size": 1,
             "num_swap_blocks": 0,

@@ -16,11 +16,7 @@ from typing import NamedTuple
 
 from headway.core.errors import ConfigError
 
-__all__ = ["SMALLEST_CHUNK", "CostModel", "StepFeatures", "TimeBudget"]
-
-#: A prefill of which no chunk and no rest may be a single token gets by with chunks of three
-#: (see ``SchedulerConfig.deterministic``).
-SMALLEST_CHUNK = 3
+__all__ = ["CostModel", "StepFeatures", "TimeBudget"]
 
 
 class StepFeatures(NamedTuple):
@@ -95,9 +91,13 @@ class CostModel:
         )
 
     def recompute_ms(self, num_prefill_tokens: int, num_replayed_tokens: int) -> float:
-        """Expected cost of computing tokens again: some by prefill, some one a step."""
-        _, c1, c2, _ = self.coefficients
-        return c1 * num_prefill_tokens + c2 * num_replayed_tokens
+        """Expected cost of computing tokens again: some by prefill, some one a step.
+
+        A step that replays a token may replay or decode others' beside it; that it does not is
+        the cautious guess, since a victim returns when others have ended.
+        """
+        c0, c1, c2, _ = self.coefficients
+        return c1 * num_prefill_tokens + (c0 + c2) * num_replayed_tokens
 
     def swap_ms(self, num_blocks: int) -> float:
         """Expected cost of copying blocks out and, later, in."""
@@ -134,13 +134,12 @@ class TimeBudget:
         self.limit_ms = limit_ms
         self.spent_ms, self.per_prefill, self.per_seq, self.per_context = cost_model.coefficients
 
-    def allows(self, num_prefill_tokens: int, num_context_tokens: int) -> bool:
-        """Whether a request may start, be it with a chunk of prefill or with one token."""
+    def allows(self, num_context_tokens: int) -> bool:
+        """Whether a request may start, be it with one token of prefill or by decoding."""
         if self.limit_ms is None:
             return True
-        one = self.per_seq + self.per_context * num_context_tokens
-        dearest = max(one, self.per_prefill * num_prefill_tokens)
-        return dearest <= self.limit_ms - self.spent_ms
+        decode = self.per_seq + self.per_context * num_context_tokens
+        return max(decode, self.per_prefill) <= self.limit_ms - self.spent_ms
 
     def affordable(self, count: int, num_context_tokens: int, is_first: bool) -> int:
         """How many of ``count`` tokens still fit.
@@ -153,7 +152,7 @@ class TimeBudget:
             return int(is_first or self.per_seq + self.per_context * num_context_tokens <= left)
         # Rounding must not deny what ``allows`` has granted: a hair more than the quotient.
         fitting = left / self.per_prefill * (1 + 1e-12) if self.per_prefill > 0 else count
-        return int(min(count, max(fitting, SMALLEST_CHUNK if is_first else 0)))
+        return int(min(count, max(fitting, is_first)))
 
     def spend(self, count: int, num_context_tokens: int) -> None:
         """Count ``count`` tokens of one request as spent."""

@@ -234,27 +234,17 @@ class KVCacheManager:
             for index in range(start, end):
                 commit(table[index], hashes[index])
 
-    def leaves_one(self, request: Request, num_blocks: int) -> bool:
-        """Whether a deterministic prefill that follows ``num_blocks`` would be of one token."""
-        num_prompt = request.num_prompt_tokens
-        left = num_prompt - num_blocks * self.config.block_size
-        return self.config.deterministic and left == 1 and num_prompt > 1
-
     def _find_cached(self, request: Request) -> list[int]:
         """Blocks that continue the request's table and are in the prefix cache.
 
-        At least one token is left to compute, because something must be sampled from; a
-        deterministic prefill is left two (a chunk of one would be computed as a decode).
+        At least one token is left to compute, because something must be sampled from.
         """
         num_held = len(request.block_table)
         limit = (request.num_tokens - 1) // self.config.block_size
         if not self.config.enable_prefix_caching or limit <= num_held:
             return []
         self._hash_blocks(request, limit)
-        found = self.block_manager.find(request.block_hashes[num_held:limit])
-        if found and self.leaves_one(request, num_held + len(found)):
-            found.pop()
-        return found
+        return self.block_manager.find(request.block_hashes[num_held:limit])
 
     def _hash_blocks(self, request: Request, num_blocks: int) -> None:
         """Extend ``block_hashes`` to the first ``num_blocks`` blocks of the request's tokens."""

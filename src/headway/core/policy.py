@@ -16,6 +16,7 @@ from headway.core.errors import ConfigError
 from headway.core.request import Request
 
 __all__ = [
+    "NOBODY",
     "POLICIES",
     "AgingPolicy",
     "DeadlinePolicy",
@@ -30,7 +31,8 @@ __all__ = [
 #: A rank: smaller goes first. The scheduler appends the order of arrival, so that all differ.
 Key = tuple[Any, ...]
 
-_NOBODY: Key = (math.inf,)
+#: The threshold of a request that displaces nobody.
+NOBODY: Key = (math.inf,)
 
 
 @runtime_checkable
@@ -70,7 +72,7 @@ class FCFSPolicy:
         return (request.arrival_time,)
 
     def threshold(self, request: Request) -> Key:
-        return _NOBODY
+        return NOBODY
 
 
 class PriorityPolicy:

@@ -18,16 +18,18 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import NamedTuple
 
 from headway.core.block_manager import BlockStatistics
 from headway.core.config import PreemptionMode, SchedulerConfig
-from headway.core.cost_model import SMALLEST_CHUNK, CostModel, StepFeatures, TimeBudget
+from headway.core.cost_model import CostModel, StepFeatures, TimeBudget
 from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong, UnknownRequest
 from headway.core.kv_cache_manager import KVCacheManager
-from headway.core.policy import SchedulingPolicy
+from headway.core.policy import NOBODY, SchedulingPolicy
 from headway.core.priority_queue import PriorityQueue
+from headway.core.reclaim import plan_victims
 from headway.core.request import Request, RequestStatus, check_priority
 from headway.core.scheduler_output import Preemption, SchedulerOutput
 
@@ -35,7 +37,6 @@ __all__ = ["PriorityScheduler", "SchedulerOutput", "SchedulerStatistics"]
 
 _KEY = attrgetter("key")
 _RUNNING, _PAUSED = RequestStatus.RUNNING, RequestStatus.PAUSED
-_DISPLACES_NOBODY = (float("inf"),)
 #: Modes that take a victim's blocks only as far as needed, from its end.
 _TAIL_MODES = frozenset({PreemptionMode.TAIL, PreemptionMode.AUTO})
 #: Modes in which a waiting request gets no blocks from residents.
@@ -86,7 +87,7 @@ class PriorityScheduler:
     ) -> None:
         config = config or SchedulerConfig()
         if max_batch_size is not None:
-            config = SchedulerConfig(**{**vars(config), "max_num_seqs": max_batch_size})
+            config = replace(config, max_num_seqs=max_batch_size)
         assert isinstance(config.preemption_mode, PreemptionMode)
         assert isinstance(config.policy, SchedulingPolicy)
         #: The settings; never change.
@@ -261,8 +262,8 @@ class PriorityScheduler:
             if index == head_index:
                 if head is None:
                     break
-                has_room = self._has_room_to_start(head, budget, time, is_first=not requests)
-                if has_room and self._admit(head, index, slots, output, now):
+                has_time = not requests or time.allows(head.num_tokens)
+                if has_time and self._admit(head, index, slots, output, now):
                     head = waiting.peek() if waiting else None
                     head_index = self._rank_among_residents(head)
                 else:
@@ -410,17 +411,6 @@ class PriorityScheduler:
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         return True
 
-    def _has_room_to_start(
-        self, request: Request, budget: int, time: TimeBudget, is_first: bool
-    ) -> bool:
-        """Whether tokens and time are left for a waiting request's smallest chunk.
-
-        Asked before anybody yields for it. Three tokens always make a deterministic chunk.
-        """
-        chunk = SMALLEST_CHUNK if self.config.deterministic else 1
-        smallest = min(chunk, request.num_tokens)
-        return budget >= smallest and (is_first or time.allows(smallest, request.num_tokens))
-
     def _extend(
         self, request: Request, first_victim: int, output: SchedulerOutput, now: float
     ) -> bool:
@@ -435,7 +425,13 @@ class PriorityScheduler:
         claim = self.kv_cache.claim(request)
         shortage = claim.num_blocks - self.block_manager.num_available
         if shortage > 0:
-            plan = self._plan_victims(shortage, claim.shared, first_victim)
+            plan = plan_victims(
+                self.resident[first_victim:],
+                shortage,
+                self.block_manager.ref_counts,
+                claim.shared,
+                takes_all=self.mode not in _TAIL_MODES,
+            )
             if not plan:
                 self.kv_cache.withdraw(claim)
                 return False
@@ -448,30 +444,16 @@ class PriorityScheduler:
         self, request: Request, count: int, budget: int, time: TimeBudget, is_first: bool
     ) -> int:
         """How many of ``count`` uncomputed tokens fit the token and time budgets; spends time."""
-        if count > 1:
-            count = self._chunk(request, count, budget)
+        computed = request.num_computed_tokens
+        if self.config.deterministic:
+            left = request.num_prompt_tokens - computed
+            # A generated token is replayed as it was computed first: one a step.
+            count = min(count, left) if left > 0 else 1
+        count = min(count, budget)
         if time.limit_ms is not None:
-            computed = request.num_computed_tokens
-            affordable = time.affordable(count, computed, is_first)
-            if affordable < count:
-                count = self._chunk(request, count, affordable)
+            count = time.affordable(count, computed, is_first)
             time.spend(count, computed)
         return count
-
-    def _chunk(self, request: Request, count: int, budget: int) -> int:
-        """How many of ``count`` uncomputed tokens to compute in this step, at most ``budget``.
-
-        0 if none may be (a deterministic prefill that would be left a chunk of one).
-        """
-        if not self.config.deterministic:
-            return min(count, budget)
-        left = request.num_prompt_tokens - request.num_computed_tokens
-        if left <= 0:
-            return min(1, budget)  # a generated token: replay it as it was computed first
-        chunk = min(left, budget)
-        if left - chunk == 1 and left > 1:
-            chunk -= 1
-        return chunk if chunk > 1 or left == 1 else 0
 
     def _pause(self, request: Request, output: SchedulerOutput, now: float) -> None:
         if request.status is _RUNNING:
@@ -485,54 +467,6 @@ class PriorityScheduler:
             request.first_scheduled_time = now
 
     # ------------------------------------------------------------------ the reclaim ladder
-
-    def _plan_victims(
-        self, shortage: int, shared: int | None, first_victim: int
-    ) -> list[tuple[Request, int]]:
-        """Whom to take ``shortage`` blocks from: (victim, blocks it keeps), last-ranked first.
-
-        A block that several requests share is gained only when all of them are victims; and
-        ``shared`` needs no copy any more when all but the beneficiary are. Whoever holds only
-        blocks that would not be gained is spared.
-        Empty if even all of ``resident[first_victim:]`` hold too little. O(residents + blocks
-        looked at).
-        """
-        resident, ref_counts = self.resident, self.block_manager.ref_counts
-        taken: Counter[int] = Counter()
-        tried: list[tuple[Request, int]] = []
-        for position in range(len(resident) - 1, first_victim - 1, -1):
-            victim = resident[position]
-            num_kept = len(victim.block_table)
-            while num_kept and shortage:
-                num_kept -= 1
-                block = victim.block_table[num_kept]
-                taken[block] += 1
-                shortage -= taken[block] == ref_counts[block] - (block == shared)
-            tried.append((victim, num_kept))
-            if not shortage:
-                break
-            if len(tried) == 1:  # a blocked head asks in every step: do not try all in vain
-                others = resident[first_victim:position]
-                if sum(len(other.block_table) for other in others) < shortage:
-                    return []
-        if shortage:
-            return []
-        plan = []
-        for victim, num_tried in tried:
-            table, num_kept = victim.block_table, num_tried
-            while num_kept < len(table):
-                block = table[num_kept]
-                if taken[block] == ref_counts[block] - (block == shared):
-                    break
-                num_kept += 1
-            if num_kept == len(table):
-                continue
-            if self.mode not in _TAIL_MODES:
-                num_kept = 0
-            elif num_kept and self.kv_cache.leaves_one(victim, num_kept):
-                num_kept -= 1
-            plan.append((victim, num_kept))
-        return plan
 
     def _evict(
         self,
@@ -548,6 +482,8 @@ class PriorityScheduler:
         victim.num_preemptions += 1
         if num_kept:
             yielded = PreemptionMode.SWAP if lost.is_swapped else PreemptionMode.TAIL
+            if victim.status is _RUNNING:
+                victim.transition(_PAUSED, now)  # until it has its tail again
         else:
             self._remove_resident(victim)
             self.block_manager.free(victim.request_id)
@@ -615,7 +551,7 @@ class PriorityScheduler:
     def _rank(self, request: Request) -> None:
         request.key = (*self.policy.key(request), request.sequence)
         displaces = self.mode is not PreemptionMode.NONE
-        request.threshold = self.policy.threshold(request) if displaces else _DISPLACES_NOBODY
+        request.threshold = self.policy.threshold(request) if displaces else NOBODY
 
     def _rank_among_residents(self, request: Request | None) -> int:
         """How many residents go before ``request``; all of them for None. O(log residents)."""

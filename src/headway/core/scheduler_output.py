@@ -35,7 +35,9 @@ class Preemption(NamedTuple):
 class SchedulerOutput(Sequence[Request]):
     """The requests of one step, most urgent first, and what else the step has to do.
 
-    The executor reads the requests themselves for tokens and block tables. The block
+    The executor reads the requests themselves for tokens and block tables, so it must run before
+    any of them is aborted or preempted. No output may be dropped: block operations are told once.
+    It is falsy when no request is scheduled; ``is_empty`` asks for block operations, too. The block
     operations come before the forward pass, in this order: ``swap_out``, ``block_copies``,
     ``swap_in``; a block that one of them reads may be written by a later one or by the pass.
     """
