@@ -63,6 +63,7 @@ WAYS = (
     Way("in a batch", "none", 16, 256, is_disturbed=False),
     Way("pause", "pause", 8, 101),
     Way("swap", "swap", 16, 61, num_blocks=28),
+    Way("tail", "tail", 16, 77, num_blocks=28),
     Way("auto", "auto", 16, 101, num_blocks=28),
     Way("recompute", "recompute", 16, 61, num_blocks=28),
 )
@@ -341,6 +342,8 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", default=[way.name for way in WAYS])
     parser.add_argument("--json", action="store_true", help="print the results as JSON only")
     arguments = parser.parse_args()
+    if arguments.tokens < 20:
+        parser.error(f"--tokens is {arguments.tokens}, must be at least 20")
     path = resolve(EngineConfig().model)
     cases = make_cases(arguments.requests, arguments.tokens, Tokenizer(path))
     ways = [way for way in WAYS if way.name in arguments.ways]

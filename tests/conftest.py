@@ -75,7 +75,11 @@ def make_engine(story: str, byte_tokenizer: Tokenizer) -> Iterator[MakeEngine]:
         ingress_capacity: int = 100,
         **settings: Any,
     ) -> Engine:
-        defaults = {"num_blocks": 200, "block_size": 4, "eos_token_ids": frozenset({256})}
+        defaults: dict[str, Any] = {
+            "num_blocks": 200,
+            "block_size": 4,
+            "eos_token_ids": frozenset({256}),
+        }
         config = SchedulerConfig(**(defaults | settings))
         virtual = VirtualClock()
         if executor is None:

@@ -53,12 +53,17 @@ class Gate:
         self.may_pass = threading.Event()
         self.may_pass.set()
         self.is_inside = threading.Event()
+        #: Steps that need not be let through.
+        self.num_free = 0
         self.fault: BaseException | None = None
         self.is_closed = False
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        self.is_inside.set()
-        assert self.may_pass.wait(TIMEOUT)
+        if self.num_free:
+            self.num_free -= 1
+        else:
+            self.is_inside.set()
+            assert self.may_pass.wait(TIMEOUT)
         if self.fault is not None:
             raise self.fault
         return ModelRunnerOutput(
@@ -197,11 +202,11 @@ def test_an_id_can_be_used_again_at_once(make_engine: MakeEngine) -> None:
 
     async def test() -> None:
         gate = Gate()
+        gate.num_free = 3
+        gate.may_pass.clear()
         async with AsyncEngine(make_engine(executor=gate)) as engine:
             old = engine.generate("old", tokens(700), "same")
             await anext(old)
-            gate.is_inside.clear()
-            gate.may_pass.clear()
             await asyncio.to_thread(gate.is_inside.wait, TIMEOUT)
             await old.aclose()
             new = asyncio.create_task(text_of(engine.generate("new", tokens(3), "same")))
@@ -344,13 +349,18 @@ def test_a_step_that_fails_is_heard_of_by_every_reader(
 def test_shutdown_ends_what_is_unfinished(make_engine: MakeEngine) -> None:
     async def test() -> None:
         gate = Gate()
+        gate.num_free = 3
+        gate.may_pass.clear()
         engine = AsyncEngine(make_engine(executor=gate, max_num_seqs=1, ingress_capacity=2))
         streams = [engine.generate("x", tokens(700)) for _ in range(5)]
         begun = await anext(streams[0])
         assert begun.outputs[0].text.startswith("a")
         readers = [asyncio.create_task(text_of(stream)) for stream in streams[1:]]
         await asyncio.sleep(0)
-        await engine.shutdown()
+        stopping = asyncio.create_task(engine.shutdown())
+        await asyncio.sleep(0)
+        gate.may_pass.set()
+        await stopping
         await engine.shutdown()
         replies = await asyncio.gather(*readers, return_exceptions=True)
         assert [type(reply) for reply in replies] == [EngineStopped] * 4

@@ -19,7 +19,7 @@ from headway.engine.llm import LLM
     [
         ({"max_num_seqs": 0}, "max_num_seqs is 0, must be an integer of at least 1"),
         ({"max_num_seqs": 2.5}, "max_num_seqs is 2.5, must be an integer of at least 1"),
-        ({"max_num_batched_tokens": 2}, "max_num_batched_tokens is 2, must be an integer of at"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0, must be an integer of at"),
         ({"max_model_len": 1}, "max_model_len is 1, must be an integer of at least 2"),
         ({"max_step_ms": 0}, "max_step_ms is 0, must be above 0"),
         ({"max_num_queued_reqs": 0}, "max_num_queued_reqs is 0, must be at least 1"),

@@ -13,7 +13,7 @@ import pytest
 from headway.core.errors import InvalidRequest
 from headway.core.request import SamplingParams
 from headway.engine.engine import Step
-from headway.engine.llm import LLM
+from headway.engine.llm import LLM, Prompt
 
 pytestmark = pytest.mark.model
 
@@ -55,7 +55,12 @@ def test_a_prompt_is_completed(llm: LLM) -> None:
 
 def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     """Also where they end in another one: by priority, and by length."""
-    prompts = ["One, two, three,", CAPITAL, llm.tokenizer.encode("A B C D"), "Water is"] * 5
+    prompts: list[Prompt] = [
+        "One, two, three,",
+        CAPITAL,
+        llm.tokenizer.encode("A B C D"),
+        "Water is",
+    ] * 5
     params = [greedy(2 + index % 5) for index in range(20)]
     outputs = llm.generate(prompts, params, priority=[-index for index in range(20)])
     for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
@@ -77,7 +82,7 @@ def test_no_prompts_no_results(llm: LLM) -> None:
 def test_the_most_urgent_ends_first(llm: LLM) -> None:
     """More requests than slots, all alike but for their priority."""
     outputs = llm.generate([CAPITAL] * 12, greedy(4), priority=[12 - n for n in range(12)])
-    ends = [output.metrics.finish_time for output in outputs if output.metrics is not None]
+    ends = [output.metrics.finish_time or 0 for output in outputs if output.metrics is not None]
     assert ends == sorted(ends, reverse=True)
     assert ends[-1] < ends[0]
 

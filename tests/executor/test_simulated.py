@@ -175,7 +175,8 @@ def test_an_engine_s_outputs_do_not_depend_on_preemption(mode: PreemptionMode) -
     for request in requests:
         expected = [choose_token(request.request_id, position) for position in range(9, 17)]
         assert request.output_token_ids == expected
-    assert (scheduler.statistics().preemptions == {}) == (mode is PreemptionMode.NONE)
+    took_blocks = scheduler.statistics().preemptions.keys() - {"pause"}
+    assert bool(took_blocks) == (mode is not PreemptionMode.NONE)
 
 
 def test_implements_the_protocol_and_closes() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -93,7 +93,7 @@ class AsyncEngine:
         priority: int = 0,
         deadline: float | None = None,
         wait_for_room: bool = True,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt; yields the output so far whenever there is more of it.
 
         Closing the iterator, or cancelling its task, aborts the request.
