@@ -36,11 +36,10 @@ def hash_block(parent: bytes, token_ids: Sequence[int], salt: int = 0) -> bytes:
         salt: sets apart blocks of the same tokens whose contents were computed in another
             way (see ``PriorityScheduler``); 0 = plain.
     """
-    digest = blake2b(parent, digest_size=_DIGEST_BYTES)
-    digest.update(array("q", token_ids).tobytes())
+    content = parent + array("q", token_ids).tobytes()
     if salt:
-        digest.update(salt.to_bytes(8, "little"))
-    return digest.digest()
+        content += salt.to_bytes(8, "little")
+    return blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
 
 class BlockStatistics(NamedTuple):

@@ -108,6 +108,8 @@ class PriorityScheduler:
         self.resident: list[Request] = []
         #: Every unfinished request by id: those of ``waiting_heap`` and of ``resident``.
         self.requests: dict[str, Request] = {}
+        #: The longest that a request may get, in tokens.
+        self._max_request_tokens = config.max_request_tokens
         #: The latest time it was told; never decreases.
         self.now = 0.0
         self._num_arrivals = 0
@@ -526,8 +528,8 @@ class PriorityScheduler:
         Raises:
             RequestTooLong: the prompt leaves no room for one token in the context or the pool.
         """
-        limit = self.config.max_request_tokens
-        if request.num_tokens >= limit:
+        limit = self._max_request_tokens
+        if len(request.token_ids) >= limit:
             is_pool = limit == self.config.num_blocks * self.config.block_size
             what = "the whole KV pool holds" if is_pool else "the context is"
             raise RequestTooLong(
@@ -539,12 +541,14 @@ class PriorityScheduler:
         params = request.sampling_params
         request.sequence = self._num_arrivals
         self._num_arrivals += 1
-        request.token_limit = min(
-            request.num_prompt_tokens + params.max_tokens, self.config.max_request_tokens
-        )
-        request.stop_token_ids = params.stop_token_ids
-        if not params.ignore_eos:
-            request.stop_token_ids |= self.config.eos_token_ids
+        limit = request.num_prompt_tokens + params.max_tokens
+        request.token_limit = min(limit, self._max_request_tokens)
+        if params.ignore_eos:
+            request.stop_token_ids = params.stop_token_ids
+        elif params.stop_token_ids:
+            request.stop_token_ids = params.stop_token_ids | self.config.eos_token_ids
+        else:
+            request.stop_token_ids = self.config.eos_token_ids
         self._rank(request)
         self.requests[request.request_id] = request
 
