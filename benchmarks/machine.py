@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,11 @@ def _version(package: str) -> str | None:
 def _commit() -> str:
     try:
         root = Path(__file__).parent
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return commit.stdout.strip()
+        git = partial(subprocess.run, cwd=root, capture_output=True, text=True)
+        commit = git(["git", "rev-parse", "--short", "HEAD"], check=True).stdout.strip()
+        # Results written a moment ago do not make the code another.
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", "../src", "*.py"]).returncode
+        return f"{commit}-dirty" if changed else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -12,7 +12,8 @@ from headway.core import invariants
 from headway.core.config import PreemptionMode, SchedulerConfig
 from headway.core.cost_model import CostModel
 from headway.core.request import Request
-from headway.core.scheduler import PriorityScheduler, SchedulerOutput
+from headway.core.scheduler import PriorityScheduler
+from headway.core.scheduler_output import SchedulerOutput
 
 # The machines that run this are shared: what an example takes says nothing.
 settings.register_profile("headway", deadline=None)

@@ -10,8 +10,8 @@ import pytest
 from headway.core import invariants
 from headway.core.invariants import InvariantViolation
 from headway.core.request import RequestStatus
-from headway.core.scheduler import PriorityScheduler, SchedulerOutput
-from headway.core.scheduler_output import Preemption, PreemptionMode
+from headway.core.scheduler import PriorityScheduler
+from headway.core.scheduler_output import Preemption, PreemptionMode, SchedulerOutput
 
 if TYPE_CHECKING:
     from tests.core.conftest import Lab

@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from headway.core import invariants
 from headway.core.config import PreemptionMode, SchedulerConfig
 from headway.core.request import Request, RequestStatus, SamplingParams
-from headway.core.scheduler import PriorityScheduler, SchedulerOutput
+from headway.core.scheduler import PriorityScheduler
+from headway.core.scheduler_output import SchedulerOutput
 
 EOS = 7
 

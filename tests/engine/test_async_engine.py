@@ -313,6 +313,48 @@ def test_a_reader_who_gives_up_waiting_for_room_leaves_nothing(make_engine: Make
     run(test())
 
 
+def test_a_request_that_waits_for_room_can_be_aborted_and_ranked(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate, ingress_capacity=1)) as engine:
+            held = await gate.hold(engine)
+            in_ring = asyncio.create_task(text_of(engine.generate("x", tokens(1))))
+            doomed = engine.generate("x", tokens(3), "doomed")
+            last = asyncio.create_task(anext(doomed))
+            ranked = engine.generate("x", tokens(1), "ranked", priority=5)
+            output = asyncio.create_task(anext(ranked))
+            await asyncio.sleep(0)
+            await engine.abort("doomed")
+            engine.set_priority("ranked", -5)
+            with pytest.raises(InvalidRequest, match="must be an int64"):
+                engine.set_priority("ranked", 2**63)
+            assert (await last).outputs[0].finish_reason == "abort"
+            gate.may_pass.set()
+            assert await asyncio.gather(held, in_ring) == ["a", "a"]
+            assert (await output).outputs[0].text == "a"
+
+    run(test())
+
+
+def test_a_shutdown_that_was_cancelled_can_be_called_again(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        engine = AsyncEngine(make_engine(executor=gate))
+        held = await gate.hold(engine)
+        stopping = asyncio.create_task(engine.shutdown())
+        await asyncio.sleep(0)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert not gate.is_closed
+        gate.may_pass.set()
+        await engine.shutdown()
+        assert gate.is_closed
+        assert await held == "a"
+
+    run(test())
+
+
 # --- faults and ends ------------------------------------------------------------------------------
 
 

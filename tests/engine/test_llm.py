@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from headway.core.errors import InvalidRequest
-from headway.core.request import SamplingParams
+from headway.core.request import Request, SamplingParams
 from headway.engine.engine import Step
 from headway.engine.llm import LLM, Prompt
 
@@ -221,6 +221,18 @@ def test_the_text_ends_where_the_context_does(llm: LLM) -> None:
     (output,) = llm.generate([prompt], greedy(100, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 3
     assert output.outputs[0].finish_reason == "length"
+
+
+def test_requests_submitted_to_the_engine_itself_do_not_disturb(llm: LLM) -> None:
+    """They go on beside the prompts, or after them, and take nothing from their results."""
+    expected = llm.generate(CAPITAL, greedy(4))[0].outputs[0].text
+    other = Request("other", 0, [10, 11, 12], sampling_params=greedy(30))
+    llm.engine.submit(other)
+    llm.engine.step()
+    assert llm.generate(CAPITAL, greedy(4))[0].outputs[0].text == expected
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert other.is_finished
 
 
 # --- the terminal ---------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from headway.core.config import PreemptionMode, SchedulerConfig
 from headway.core.cost_model import StepFeatures
 from headway.core.errors import ConfigError, InternalError
 from headway.core.request import Request, SamplingParams
-from headway.core.scheduler import PriorityScheduler, SchedulerOutput
+from headway.core.scheduler import PriorityScheduler
+from headway.core.scheduler_output import SchedulerOutput
 from headway.engine.engine import Engine
 from headway.executor.base import Executor
 from headway.executor.simulated import SimulatedExecutor, VirtualClock, choose_token

@@ -108,10 +108,6 @@ class BlockManager:
         """Blocks that ``num_tokens`` tokens fill, the last one perhaps in part."""
         return -(-num_tokens // self.block_size)
 
-    def is_cached(self, block_hash: bytes) -> bool:
-        """Whether contents with this hash are findable."""
-        return block_hash in self._by_hash
-
     def find(self, block_hashes: Iterable[bytes]) -> list[int]:
         """The blocks of the longest findable prefix of a chain of hashes; nothing changes."""
         found = []

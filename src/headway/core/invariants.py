@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from headway.core.request import RequestStatus
-from headway.core.scheduler import PriorityScheduler, SchedulerOutput
+from headway.core.scheduler import PriorityScheduler
+from headway.core.scheduler_output import SchedulerOutput
 
 __all__ = ["InvariantViolation", "check", "check_output"]
 

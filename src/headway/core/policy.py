@@ -59,7 +59,10 @@ class SchedulingPolicy(Protocol):
 
 
 def may_preempt(a: Request, b: Request) -> bool:
-    """Whether ``a``, waiting, may take slots and blocks from ``b``; both must be ranked."""
+    """Whether ``a``, waiting, may take slots and blocks from ``b``; both must be ranked.
+
+    The definition; the scheduler finds all such ``b`` at once, by bisection.
+    """
     return a.threshold < b.key
 
 

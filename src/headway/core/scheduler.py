@@ -33,7 +33,7 @@ from headway.core.reclaim import plan_victims
 from headway.core.request import Request, RequestStatus, check_priority
 from headway.core.scheduler_output import Preemption, SchedulerOutput
 
-__all__ = ["PriorityScheduler", "SchedulerOutput", "SchedulerStatistics"]
+__all__ = ["PriorityScheduler", "SchedulerStatistics"]
 
 _KEY = attrgetter("key")
 _RUNNING, _PAUSED = RequestStatus.RUNNING, RequestStatus.PAUSED

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from headway.core.errors import DuplicateRequest, EngineStopped, QueueFull
-from headway.core.request import Request, SamplingParams
+from headway.core.request import Request, SamplingParams, check_priority
 from headway.engine.engine import Engine
 from headway.engine.llm import Prompt, tokenize_prompt
 from headway.engine.outputs import EngineOutput, RequestOutput
@@ -31,6 +31,10 @@ class _Stream:
         self.request = request
         self.pending: list[EngineOutput] = []
         self.ready = asyncio.Event()
+        #: Whether the engine has it; until then it waits for room here.
+        self.is_submitted = False
+        #: Whether it is to end instead of being submitted.
+        self.is_aborted = False
 
     def put(self, output: EngineOutput) -> None:
         self.pending.append(output)
@@ -125,7 +129,7 @@ class AsyncEngine:
         stream = self._streams[request.request_id] = _Stream(request)
         is_served = False
         try:
-            await self._submit(request, wait_for_room)
+            await self._submit(stream, wait_for_room)
             is_served = True
             result = RequestOutput.of(request)
             while is_served:
@@ -136,6 +140,8 @@ class AsyncEngine:
                         raise output.error
                     result.extend(output)
                     new_text += output.text
+                    if not is_served:
+                        break  # what a shutdown may have said after it is not for this reader
                 result.new_text = new_text
                 yield result
         finally:
@@ -145,7 +151,12 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator yields a last output with ``finish_reason="abort"``."""
-        await self._abort_soon(request_id)
+        stream = self._streams.get(request_id)
+        if stream is None or stream.is_submitted:
+            await self._abort_soon(request_id)
+        else:
+            stream.is_aborted = True
+            self._room.set()
 
     def set_priority(self, request_id: str, priority: int) -> None:
         """Change how urgent a request is, from the next step on.
@@ -154,12 +165,18 @@ class AsyncEngine:
             InvalidRequest: the priority is no int64.
             QueueFull: the ring is full; try again.
         """
-        self.engine.set_priority(request_id, priority)
+        stream = self._streams.get(request_id)
+        if stream is None or stream.is_submitted:
+            self.engine.set_priority(request_id, priority)
+        else:
+            check_priority(request_id, priority)
+            stream.request.priority = priority  # it is ranked when it is added
 
     async def shutdown(self) -> None:
-        """Stop after the step in flight; what is unfinished ends with ``EngineStopped``."""
-        if self._is_stopping:
-            return
+        """Stop after the step in flight; what is unfinished ends with ``EngineStopped``.
+
+        Idempotent; one that was cancelled can be called again.
+        """
         self._is_stopping = True
         self._wake.set()
         if self._thread.is_alive():
@@ -168,13 +185,17 @@ class AsyncEngine:
 
     # ------------------------------------------------------------------ the loop's side
 
-    async def _submit(self, request: Request, wait_for_room: bool) -> None:
+    async def _submit(self, stream: _Stream, wait_for_room: bool) -> None:
         while True:
             if self._is_stopping or self._stopped is not None:
                 raise self._stopped or EngineStopped("the engine has been stopped")
+            if stream.is_aborted:
+                stream.put(EngineOutput(stream.request, finish_reason="abort"))
+                return
             self._room.clear()
             try:
-                self.engine.submit(request)
+                self.engine.submit(stream.request)
+                stream.is_submitted = True
                 return
             except QueueFull:
                 if not wait_for_room:

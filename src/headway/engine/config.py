@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from headway.core.config import PreemptionMode, SchedulerConfig
-from headway.core.errors import ConfigError
+from headway.core.errors import ConfigError, UnsupportedModel
 from headway.core.policy import SchedulingPolicy
 from headway.core.scheduler import PriorityScheduler
 from headway.engine.engine import Engine
@@ -88,6 +88,12 @@ class EngineConfig:
             num_threads=self.num_threads,
             progress=progress,
         )
+        if executor.vocab_size != tokenizer.vocab_size:
+            executor.close()
+            raise UnsupportedModel(
+                f"{path} has {tokenizer.vocab_size} tokens and {executor.vocab_size} embeddings, "
+                "must have as many"
+            )
         config = self._scheduler_config(
             executor.num_blocks,
             executor.block_size,

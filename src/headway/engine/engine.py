@@ -18,7 +18,8 @@ from typing import NamedTuple
 from headway.core.circular_queue import CircularQueue
 from headway.core.errors import HeadwayError, InvalidRequest, QueueFull, UnknownRequest
 from headway.core.request import Request, RequestStatus, check_priority
-from headway.core.scheduler import PriorityScheduler, SchedulerOutput
+from headway.core.scheduler import PriorityScheduler
+from headway.core.scheduler_output import SchedulerOutput
 from headway.engine.output_processor import OutputProcessor
 from headway.engine.outputs import EngineOutput
 from headway.engine.tokenizer import Tokenizer

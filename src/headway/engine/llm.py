@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -150,16 +153,20 @@ class LLM:
         pending = iter(requests)
         upcoming = next(pending, None)
         num_left, num_tokens, begin = len(requests), 0, self.engine.clock()
-        with bar:
+        with bar, _interrupts_between_steps() as check_interrupt:
             task = bar.add_task("", total=len(requests), rate=0.0)
             try:
                 while num_left:
+                    check_interrupt()
                     while upcoming is not None and self.engine.has_room:
                         self.engine.submit(upcoming)
                         results[upcoming.request_id] = RequestOutput.of(upcoming)
                         upcoming = next(pending, None)
                     for output in self.engine.step():
-                        results[output.request.request_id].extend(output)
+                        result = results.get(output.request.request_id)
+                        if result is None:
+                            continue  # of a request that somebody submitted to the engine itself
+                        result.extend(output)
                         num_tokens += len(output.token_ids)
                         if output.error is not None:
                             raise output.error
@@ -203,3 +210,34 @@ def _spread(name: str, value: Any, count: int) -> list[Any]:
     if len(value) != count:
         raise InvalidRequest(f"{name} has {len(value)} values for {count} prompts")
     return list(value)
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until a step is over: half a step would leave no usable engine.
+
+    Nothing is lost by it, since the inference in a step cannot be interrupted anyway. Where
+    somebody else handles the signal, or in another thread than the main one, it is left alone.
+    """
+    is_pressed = False
+
+    def note(*_: object) -> None:
+        nonlocal is_pressed
+        is_pressed = True
+
+    def check() -> None:
+        if is_pressed:
+            raise KeyboardInterrupt
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield check
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    check()

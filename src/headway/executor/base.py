@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from headway.core.scheduler import SchedulerOutput
+from headway.core.scheduler_output import SchedulerOutput
 
 __all__ = ["Executor", "ModelRunnerOutput"]
 

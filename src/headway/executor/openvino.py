@@ -156,7 +156,7 @@ class OpenVINOExecutor:
         except RuntimeError as error:
             raise ConfigError(
                 f"OpenVINO cannot compile {self.model_config.name!r} with {properties}: "
-                f"{_first_line(error)}"
+                f"{_last_line(error)}"
             ) from error
         #: The graph refers to these arrays without owning them; dropped after the request only.
         self._weights: ConvertedWeights | None = converted
@@ -254,7 +254,7 @@ class OpenVINOExecutor:
         try:
             self._request.infer(batch.inputs, share_inputs=True)
         except RuntimeError as error:
-            raise InternalError(f"OpenVINO inference failed: {_first_line(error)}") from error
+            raise InternalError(f"OpenVINO inference failed: {_last_line(error)}") from error
         return self._request.get_tensor("tokens").data, self._request.get_tensor("logits").data
 
     @property
@@ -308,7 +308,7 @@ def _ignore(stage: str, fraction: float) -> None:
     """Progress that nobody asked for."""
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     """The last non-empty line of an OpenVINO exception: the others say where in its sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
