@@ -275,7 +275,8 @@ def test_long_context_up_to_the_last_position(make: Callable[..., OpenVINOExecut
     while request.num_computed_tokens + 128 < length:
         pool.step((request, 128))
     got = pool.logits((request, length - request.num_computed_tokens))
-    np.testing.assert_allclose(got[0], want, atol=0.04 * want.std())
+    tolerance = 0.04 if executor.precision.arithmetic == "f32" else 0.12  # bf16: 8 bits of mantissa
+    np.testing.assert_allclose(got[0], want, atol=tolerance * want.std())
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Precision:
 
 
 #: The fastest batch-invariant choice where the processor multiplies bf16, and where it does not.
-_BF16: Final = Precision("u8", "bf16", "bf16", min_rows=1, min_chunk=2)
+_BF16: Final = Precision("f32", "bf16", "bf16", min_rows=2, min_chunk=2)
 _F32: Final = Precision("f32", "f32", "f16", min_rows=2, min_chunk=2)
 
 
