@@ -12,22 +12,25 @@ from hypothesis import given
 from headway.core.cost_model import CostModel, StepFeatures, TimeBudget
 from headway.core.errors import ConfigError
 
-TRUE = (4.0, 0.3, 1.2, 0.002)
+TRUE = (4.0, 0.3, 1.2, 0.002, 0.0004)
 
 
 def true_ms(features: StepFeatures, coefficients: tuple[float, ...] = TRUE) -> float:
-    c0, c1, c2, c3 = coefficients
-    prefill_tokens, decode_seqs, context_tokens = features
-    return c0 + c1 * prefill_tokens + c2 * decode_seqs + c3 * context_tokens
+    return sum(c * f for c, f in zip(coefficients, (1, *features), strict=True))
 
 
 def random_step(rng: random.Random) -> StepFeatures:
     decode_seqs = rng.randrange(0, 33)
     prefill_tokens = rng.choice([0, 0, rng.randrange(2, 512)])
-    return StepFeatures(prefill_tokens, decode_seqs, decode_seqs * rng.randrange(16, 1024))
+    return StepFeatures(
+        prefill_tokens,
+        decode_seqs,
+        decode_seqs * rng.randrange(16, 1024),
+        prefill_tokens * (rng.randrange(0, 2048) + prefill_tokens / 2),
+    )
 
 
-@pytest.mark.parametrize("guess", [(5.0, 0.6, 0.8, 0.0005), (0.0, 0.0, 0.0, 0.0)])
+@pytest.mark.parametrize("guess", [(5.0, 0.6, 0.8, 0.0005, 0.0002), ()])
 def test_converges_to_the_true_costs_through_noise(guess: tuple[float, ...]) -> None:
     rng = random.Random(1)
     model = CostModel(guess)
@@ -92,7 +95,11 @@ def test_forgetting_fast_does_not_wind_it_up() -> None:
     st.lists(
         st.tuples(
             st.builds(
-                StepFeatures, st.integers(0, 4096), st.integers(0, 256), st.integers(0, 10**6)
+                StepFeatures,
+                st.integers(0, 4096),
+                st.integers(0, 256),
+                st.integers(0, 10**6),
+                st.integers(0, 10**7),
             ),
             st.floats(0, 1e5),
         ),
@@ -133,12 +140,13 @@ def test_learns_the_bandwidth_of_swapping() -> None:
 # ---------------------------------------------------------------------- the budget of a step
 
 
-def budget(limit_ms: float | None) -> TimeBudget:
+def budget(limit_ms: float) -> TimeBudget:
     return TimeBudget(CostModel((1.0, 0.5, 2.0, 0.01)), limit_ms)
 
 
 def test_a_step_without_limit_allows_everything() -> None:
-    assert budget(None).allows(10**9)
+    assert budget(math.inf).allows(10**9)
+    assert budget(math.inf).affordable(10**9, 10**9, is_first=False) == 10**9
 
 
 def test_decoding_is_paid_by_sequence_and_context() -> None:
@@ -159,6 +167,16 @@ def test_prefill_is_paid_by_token() -> None:
     time.spend(18, 0)
     assert time.affordable(100, 0, is_first=False) == 0
     assert not time.allows(0)
+
+
+def test_a_chunk_deep_in_its_context_costs_more() -> None:
+    time = TimeBudget(CostModel((1.0, 0.5, 2.0, 0.01, 0.001)), 100.0)
+    assert time.price(100, 0) == pytest.approx(100 * (0.5 + 0.05))
+    assert time.price(100, 4000) == pytest.approx(100 * (0.5 + 4.05))
+    count = time.affordable(100, 4000, is_first=False)
+    assert 20 <= count <= 22
+    time.spend(count, 4000)
+    assert time.spent_ms <= time.limit_ms
 
 
 def test_the_first_ranked_always_gets_a_token() -> None:

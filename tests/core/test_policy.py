@@ -22,6 +22,7 @@ from headway.core.policy import (
     may_preempt,
 )
 from headway.core.request import MAX_PRIORITY, MIN_PRIORITY, Request
+from headway.core.slo import SLO, SLOTable
 
 if TYPE_CHECKING:
     from tests.core.conftest import Lab
@@ -69,7 +70,7 @@ def test_priority_goes_by_priority_then_arrival_then_order_of_adding() -> None:
 
 
 def test_deadline_goes_by_deadline_with_a_default_from_the_class() -> None:
-    policy = DeadlinePolicy(ttft_targets={0: 1.0}, default_target=100.0, margin=0.5)
+    policy = DeadlinePolicy(SLOTable([SLO(0, ttft_ms=1000.0)]), default_target=100.0, margin=0.5)
     own = ranked(policy, arrival=0.0, priority=5, deadline=10.2)
     urgent = ranked(policy, arrival=9.0, priority=0, sequence=1)
     other = ranked(policy, arrival=0.0, priority=5, sequence=2)
@@ -245,7 +246,5 @@ def test_a_bad_margin_is_refused(margin: float) -> None:
 
 @pytest.mark.parametrize("target", [-1.0, math.nan, math.inf])
 def test_a_bad_target_is_refused(target: float) -> None:
-    with pytest.raises(ConfigError, match=r"TTFT target is .* must be at least 0"):
+    with pytest.raises(ConfigError, match=r"default_target is .* must be at least 0"):
         DeadlinePolicy(default_target=target)
-    with pytest.raises(ConfigError, match=r"TTFT target is .* must be at least 0"):
-        DeadlinePolicy(ttft_targets={0: target})

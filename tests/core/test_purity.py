@@ -17,8 +17,10 @@ ALLOWED = {
     "dataclasses",
     "enum",
     "hashlib",
+    "itertools",
     "math",
     "operator",
+    "re",
     "typing",
 }
 MODULES = sorted(Path(headway.core.__path__[0]).glob("*.py"))

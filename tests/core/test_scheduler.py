@@ -15,9 +15,10 @@ from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong
 from headway.core.policy import AgingPolicy
 from headway.core.request import PriorityRequest, Request, RequestStatus, SamplingParams
 from headway.core.scheduler import PriorityScheduler
+from headway.core.slo import SLO
 
 if TYPE_CHECKING:
-    from tests.core.conftest import Lab
+    from tests.core.conftest import Lab, Step
 
 Mode = PreemptionMode
 #: Modes in which a waiting request may take blocks.
@@ -420,7 +421,7 @@ def test_decoding_above_shares_the_budget_with_a_chunk_below(lab: type[Lab]) -> 
     step = chunks.step()
     assert step.counts == {"decoding": 1, "prefilling": 7}
     assert step.output.num_batched_tokens == 8
-    assert step.output.features == (7, 1, 4)
+    assert step.output.features == (7, 1, 4, 7 * 3.5)
 
 
 def test_a_prefill_takes_the_tokens_of_those_below(lab: type[Lab]) -> None:
@@ -475,6 +476,137 @@ def test_a_step_short_of_time_pauses_the_last(lab: type[Lab]) -> None:
     assert timed.step().ids == ["a", "b"]
     assert timed.scheduler.statistics().num_paused == 1
     timed.drain()
+
+
+def longest_gaps(steps: list[Step]) -> dict[str, int]:
+    """For each request, the most steps between two that it was in."""
+    seen: dict[str, int] = {}
+    gaps: dict[str, int] = {}
+    for number, step in enumerate(steps):
+        for request_id in step.ids:
+            if request_id in seen:
+                gaps[request_id] = max(gaps.get(request_id, 0), number - seen[request_id])
+            seen[request_id] = number
+    return gaps
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "aging", "deadline"])
+def test_equals_take_turns_when_time_is_short(lab: type[Lab], policy: str) -> None:
+    """Seven have begun when their contexts get too long for more than two in a step.
+
+    The first of all is always one of them.
+    """
+    timed = lab(
+        cost_model=CostModel((0.0, 0.0, 1.0, 1.0)),
+        max_step_ms=30.0,
+        max_num_seqs=7,
+        policy=policy,
+    )
+    for name in "abcdefg":
+        timed.add(name, num_prompt=4, max_tokens=12)
+    steps = timed.drain()
+    assert max(len(step.ids) for step in steps) >= 5
+    gaps = longest_gaps(steps)
+    assert gaps.pop("a") == 1
+    assert max(gaps.values()) <= 6
+
+
+def test_those_above_never_take_turns_with_those_below(lab: type[Lab]) -> None:
+    timed = lab(cost_model=CostModel((0.0, 0.01, 10.0, 0.0)), max_step_ms=30.0, max_num_seqs=8)
+    for name in "abcd":
+        timed.add(name, 5, max_tokens=20)
+    timed.steps(4)
+    for name in "XY":
+        timed.add(name, 0, max_tokens=10)
+    steps = timed.steps(11)[1:]
+    assert all(step.ids[:2] == ["X", "Y"] for step in steps[:9])
+    below = [step.ids[2] for step in steps[:8]]
+    assert sorted(below[:4]) == sorted(below[4:]) == ["a", "b", "c", "d"]
+    timed.drain()
+
+
+def test_a_prefill_among_equals_leaves_every_other_step_to_them(lab: type[Lab]) -> None:
+    timed = lab(cost_model=CostModel((0.0, 1.0, 5.0, 0.0)), max_step_ms=10.0, max_num_seqs=3)
+    long = timed.add("long", num_prompt=100, max_tokens=2)
+    timed.steps(2)
+    assert long.num_computed_tokens == 20
+    timed.add("urgent", -1, max_tokens=30)
+    timed.add("other", 0, max_tokens=30)
+    steps = timed.steps(30)
+    gaps = longest_gaps(steps)
+    assert gaps["urgent"] == 1
+    assert gaps["long"] <= 2
+    timed.drain()
+
+
+def test_a_step_is_as_short_as_the_tightest_target_in_it(lab: type[Lab]) -> None:
+    model = CostModel((2.0, 0.5, 1.0, 0.0))
+    promised = lab(
+        cost_model=model,
+        max_num_seqs=20,
+        slos=(SLO(0, tpot_ms=6.0), SLO(3, tpot_ms=10.0)),
+        max_step_ms=18.0,
+    )
+    for i in range(14):
+        promised.add(f"batch-{i}", 9, num_prompt=1, max_tokens=40)
+    without = promised.steps(20)[-1]
+    assert len(without.ids) == 14
+    promised.add("standard", 2, num_prompt=1, max_tokens=10)
+    beside_standard = promised.steps(2)[-1]
+    assert beside_standard.ids[0] == "standard"
+    assert len(beside_standard.ids) == 8
+    promised.add("urgent", -7, num_prompt=1, max_tokens=4)
+    beside_urgent = promised.steps(2)[-1]
+    assert beside_urgent.ids[:2] == ["urgent", "standard"]
+    assert len(beside_urgent.ids) == 4
+    promised.drain()
+
+
+def test_a_ttft_target_bounds_the_steps_that_an_arrival_may_have_to_wait_for(
+    lab: type[Lab],
+) -> None:
+    model = CostModel((2.0, 0.5, 1.0, 0.0))
+    promised = lab(cost_model=model, max_num_seqs=20, slos=(SLO(0, ttft_ms=20.0),))
+    for i in range(14):
+        promised.add(f"batch-{i}", 9, num_prompt=30, max_tokens=4)
+    for step in promised.drain():
+        assert step.output.predicted_ms <= 8.0 + 1e-9
+
+
+def test_a_first_token_is_not_held_up_by_others_time_per_token(lab: type[Lab]) -> None:
+    model = CostModel((2.0, 0.1, 1.0, 0.0))
+    promised = lab(cost_model=model, slos=(SLO(0, ttft_ms=100.0, tpot_ms=5.0),))
+    promised.add("first", 0, max_tokens=9)
+    promised.steps(2)
+    promised.add("second", 0, num_prompt=60, max_tokens=9)
+    assert promised.step().counts == {"first": 1, "second": 60}
+    promised.add("batch", 1, num_prompt=60, max_tokens=1)
+    assert promised.step().counts == {"first": 1, "second": 1, "batch": 10}
+    promised.drain()
+
+
+@settings(max_examples=60)
+@given(
+    load=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=9
+    ),
+    tpots=st.tuples(st.floats(3.0, 20.0), st.floats(3.0, 20.0)),
+)
+def test_targets_bound_what_rides_along(
+    lab: type[Lab], load: list[tuple[int, int, int]], tpots: tuple[float, float]
+) -> None:
+    """A step that is longer than a target in it has nobody less urgent than the target's owner."""
+    model = CostModel((2.0, 0.5, 1.0, 0.01))
+    targets = dict(enumerate(tpots))
+    slos = tuple(SLO(priority, tpot_ms=target) for priority, target in targets.items())
+    promised = lab(cost_model=model, slos=slos, max_num_seqs=6)
+    for i, (priority, num_prompt, max_tokens) in enumerate(load):
+        promised.add(f"r{i}", priority, num_prompt, max_tokens)
+    for step in promised.drain():
+        priorities = {one.priority for one in step.output.requests}
+        for priority in priorities & set(targets):
+            if step.output.predicted_ms > targets[priority] + 1e-6:
+                assert max(priorities) == priority
 
 
 # ---------------------------------------------------------------------- lengths and ends

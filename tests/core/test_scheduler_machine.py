@@ -13,6 +13,7 @@ from headway.core.config import PreemptionMode, SchedulerConfig
 from headway.core.request import Request, RequestStatus, SamplingParams
 from headway.core.scheduler import PriorityScheduler
 from headway.core.scheduler_output import SchedulerOutput
+from headway.core.slo import SLO
 
 EOS = 7
 
@@ -44,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching=st.booleans(),
         deterministic=st.booleans(),
         max_step_ms=st.sampled_from([None, None, 8.0]),
+        slos=st.sampled_from([(), (), (SLO(0, 30.0, 7.0), SLO(2, None, 9.0))]),
     )
     def configure(
         self,
@@ -57,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching: bool,
         deterministic: bool,
         max_step_ms: float | None,
+        slos: tuple[SLO, ...],
     ) -> None:
         config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
@@ -69,6 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_prefix_caching=prefix_caching,
             deterministic=deterministic,
             max_step_ms=max_step_ms,
+            slos=slos,
             eos_token_ids=frozenset({EOS}),
         )
         self.scheduler = PriorityScheduler(config=config)

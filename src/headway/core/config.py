@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from headway.core.errors import ConfigError
-from headway.core.policy import SchedulingPolicy, make_policy
+from headway.core.policy import DeadlinePolicy, SchedulingPolicy, make_policy
+from headway.core.slo import SLO, SLOTable
 
-__all__ = ["PreemptionMode", "SchedulerConfig"]
+__all__ = ["TTFT_SHARE", "PreemptionMode", "SchedulerConfig"]
+
+#: Two steps must fit into a TTFT target, and something must be left for the way in and out.
+TTFT_SHARE = 0.4
 
 
 class PreemptionMode(Enum):
@@ -54,6 +58,7 @@ class SchedulerConfig:
             blocks that hold them are shared only with requests whose were generated at the
             same positions. False recomputes faster and shares more.
         max_step_ms: no step is predicted to take longer; None = no bound.
+        slos: targets of classes of requests, which bound the steps they are in.
         eos_token_ids: the model's end tokens.
 
     Raises:
@@ -71,6 +76,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     deterministic: bool = True
     max_step_ms: float | None = None
+    slos: tuple[SLO, ...] = ()
     eos_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
@@ -98,7 +104,23 @@ class SchedulerConfig:
                 f"preemption_mode is {self.preemption_mode!r}, must be one of {names}"
             ) from None
         object.__setattr__(self, "preemption_mode", mode)
-        object.__setattr__(self, "policy", make_policy(self.policy))
+        slo_table = SLOTable(self.slos)
+        object.__setattr__(self, "slos", slo_table.slos)
+        policy = make_policy(self.policy)
+        if self.policy == DeadlinePolicy.name:
+            policy = DeadlinePolicy(slos=slo_table)
+        object.__setattr__(self, "policy", policy)
+
+    @property
+    def step_limit_ms(self) -> float:
+        """What no step may be predicted to take; infinite = no bound.
+
+        Whoever arrives with a TTFT target waits for the step in flight and is computed in the
+        next: a step may take ``TTFT_SHARE`` of the tightest target, whoever is in it.
+        """
+        limit = math.inf if self.max_step_ms is None else self.max_step_ms
+        ttfts = [slo.ttft_ms for slo in self.slos if slo.ttft_ms is not None]
+        return min(limit, TTFT_SHARE * min(ttfts, default=math.inf))
 
     @property
     def max_request_tokens(self) -> int:

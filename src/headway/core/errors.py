@@ -13,7 +13,10 @@
     │   ├── UnsupportedModel      well-formed, but of an architecture or format we do not run
     │   ├── DamagedModel          not a whole GGUF file
     │   └── ModelDownloadFailed   could not be obtained
-    ├── QueueFull                 nobody's: there is no room now; try again later
+    ├── Overloaded                nobody's: too much work; try again after ``retry_after`` seconds
+    │   ├── QueueFull             there is no room, or somebody more urgent has taken it
+    │   └── QueueTimeout          it has waited for its first step longer than it may
+    ├── SlowReader                the reader's: too much output waits for it
     ├── EngineStopped             the engine was closed, or its step loop died
     └── InternalError             ours
         └── InvalidTransition     a request was moved along an edge that does not exist
@@ -34,8 +37,11 @@ __all__ = [
     "InvalidTransition",
     "ModelDownloadFailed",
     "ModelError",
+    "Overloaded",
     "QueueFull",
+    "QueueTimeout",
     "RequestTooLong",
+    "SlowReader",
     "UnknownModel",
     "UnknownRequest",
     "UnsupportedModel",
@@ -90,8 +96,29 @@ class ModelDownloadFailed(ModelError):
     """The model could not be fetched; the message says how to do it by hand."""
 
 
-class QueueFull(HeadwayError):
-    """The bounded queue has no room; the request was not accepted and may be tried again."""
+class Overloaded(HeadwayError):
+    """There is more work than can be served; the request may be tried again.
+
+    Args:
+        message: one line.
+        retry_after: seconds after which there should be room.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Overloaded):
+    """The bounded queue has no room, or what was waiting in it was displaced by the more urgent."""
+
+
+class QueueTimeout(Overloaded):
+    """The request has waited for its first step longer than the operator lets any wait."""
+
+
+class SlowReader(HeadwayError):
+    """More output waits for its reader than is kept; the request was ended."""
 
 
 class EngineStopped(HeadwayError):

@@ -52,6 +52,13 @@ def _check_membership(scheduler: PriorityScheduler) -> None:
             scheduler.waiting_heap.peek().key == min(request.key for request in waiting),
             "the heap's root is not its smallest",
         )
+    queued = [request for request in waiting if request.status is RequestStatus.WAITING]
+    queued_tokens = sum(request.num_prompt_tokens for request in queued)
+    _require(
+        (scheduler.num_queued, scheduler.num_queued_tokens) == (len(queued), queued_tokens),
+        f"{scheduler.num_queued} requests of {scheduler.num_queued_tokens} tokens are counted as "
+        f"queued, {len(queued)} of {queued_tokens} are",
+    )
     running = len(scheduler.running_queue)
     _require(running <= scheduler.config.max_num_seqs, f"{running} requests are running")
 

@@ -9,11 +9,11 @@ every instant: the clock cancels out of the comparison.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from headway.core.errors import ConfigError
 from headway.core.request import Request
+from headway.core.slo import SLOTable
 
 __all__ = [
     "NOBODY",
@@ -122,11 +122,11 @@ class AgingPolicy:
 class DeadlinePolicy:
     """Earliest deadline of the first token goes first (EDF).
 
-    A request that brings no deadline gets ``arrival + target`` of its priority.
+    A request that brings no deadline gets ``arrival + TTFT target`` of its class.
 
     Args:
-        ttft_targets: seconds until the first token is due, by priority.
-        default_target: the same for a priority that ``ttft_targets`` does not name.
+        slos: the classes and their targets.
+        default_target: seconds until the first token is due for a request without a target.
         margin: seconds by which a waiting request's deadline must be ahead before it
             displaces another; at least 0.
     """
@@ -135,22 +135,24 @@ class DeadlinePolicy:
 
     def __init__(
         self,
-        ttft_targets: Mapping[int, float] | None = None,
+        slos: SLOTable | None = None,
         default_target: float = 60.0,
         margin: float = 1.0,
     ) -> None:
-        self.ttft_targets = dict(ttft_targets or {})
+        self.slos = slos or SLOTable()
         self.default_target = default_target
-        for target in (default_target, *self.ttft_targets.values()):
-            if not target >= 0 or not math.isfinite(target):
-                raise ConfigError(f"a TTFT target is {target} s, must be at least 0")
+        if not default_target >= 0 or not math.isfinite(default_target):
+            raise ConfigError(f"default_target is {default_target} s, must be at least 0")
         self.margin = _checked_margin(margin)
 
     def _deadline(self, request: Request) -> float:
         if request.deadline is not None:
             return request.deadline
         assert request.arrival_time is not None
-        return request.arrival_time + self.ttft_targets.get(request.priority, self.default_target)
+        slo = self.slos.of(request.priority)
+        if slo is None or slo.ttft_ms is None:
+            return request.arrival_time + self.default_target
+        return request.arrival_time + slo.ttft_ms / 1e3
 
     def key(self, request: Request) -> Key:
         return (self._deadline(request), request.arrival_time)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headway.core.errors import InvalidRequest, InvalidTransition
+
+if TYPE_CHECKING:
+    from headway.core.slo import SLO
 
 __all__ = [
     "MAX_PRIORITY",
@@ -30,6 +33,9 @@ __all__ = [
 MIN_PRIORITY, MAX_PRIORITY = -(2**63), 2**63 - 1
 
 _MAX_SEED = 2**64 - 1
+_MAX_PENALTY = 2.0
+_MAX_BIAS = 100.0
+_MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,15 @@ class SamplingParams:
         stop: texts that end the output; the matched text is not part of it.
         stop_token_ids: tokens that end the output, beside the model's own end tokens.
         ignore_eos: go on past the model's end tokens.
+        presence_penalty: taken off the logit of every token that the output has already;
+            −2 … 2, and below 0 it attracts.
+        frequency_penalty: the same for each time that the output has it.
+        logit_bias: added to the logits of these tokens; −100 … 100.
+        logprobs: with each generated token, report its log-probability and those of this many
+            likeliest tokens, 0 … 20; None reports none. They are the model's own: before
+            penalties, biases and temperature.
+        prompt_logprobs: the same for each token of the prompt, given those before it. The whole
+            prompt is then computed, whatever the prefix cache has.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -59,6 +74,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    # Equal params have equal hashes without it, and mappings have none.
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    #: Whether the choice of a token takes more than knowing the likeliest one; derived.
+    needs_logits: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not _is_int(self.max_tokens) or self.max_tokens < 1:
@@ -84,8 +107,25 @@ class SamplingParams:
             raise InvalidRequest(
                 f"stop_token_ids is {self.stop_token_ids!r}, must be token ids"
             ) from None
+        has_penalties = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        if has_penalties:
+            _check_penalty("presence_penalty", self.presence_penalty)
+            _check_penalty("frequency_penalty", self.frequency_penalty)
+        if self.logprobs is not None:
+            _check_logprobs("logprobs", self.logprobs)
+        if self.prompt_logprobs is not None:
+            _check_logprobs("prompt_logprobs", self.prompt_logprobs)
+        logit_bias = _checked_logit_bias(self.logit_bias)
+        needs_logits = (
+            (self.temperature > 0.0 and self.top_k != 1)
+            or has_penalties
+            or bool(logit_bias)
+            or self.logprobs is not None
+        )
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        object.__setattr__(self, "logit_bias", logit_bias)
+        object.__setattr__(self, "needs_logits", needs_logits)
 
 
 class RequestStatus(Enum):
@@ -171,6 +211,7 @@ class Request:
         "first_scheduled_time",
         "first_token_time",
         "key",
+        "last_step",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
@@ -183,6 +224,7 @@ class Request:
         "request_id",
         "sampling_params",
         "sequence",
+        "slo",
         "status",
         "stop_token_ids",
         "swap_table",
@@ -248,6 +290,8 @@ class Request:
         self.key: tuple[Any, ...] = (priority,)
         #: A waiting request may displace exactly the requests whose key is above this.
         self.threshold: tuple[Any, ...] = (priority,)
+        #: What its class has been promised; set when it is added.
+        self.slo: SLO | None = None
 
         # Progress.
         self.status = RequestStatus.WAITING
@@ -268,6 +312,8 @@ class Request:
         self.capacity = 0
         #: Chained hashes of the full blocks of ``token_ids``, as far as computed.
         self.block_hashes: list[bytes] = []
+        #: The last step it was in, counted by the scheduler while step time is bounded.
+        self.last_step = -1
         #: Swap slots of the blocks that follow ``block_table``, in order of position.
         self.swap_table: list[int] = []
         #: ``num_computed_tokens`` once ``swap_table`` is back in the pool.
@@ -367,6 +413,30 @@ def _checked_token_ids(request_id: str, prompt: Sequence[int]) -> list[int]:
             f"prompt of request {request_id!r} must be a text or token ids of 0 … 2**63 − 1"
         )
     return token_ids
+
+
+def _check_penalty(name: str, penalty: float) -> None:
+    if not _is_number(penalty) or not -_MAX_PENALTY <= penalty <= _MAX_PENALTY:
+        raise InvalidRequest(f"{name} is {penalty!r}, must be −2 … 2")
+
+
+def _check_logprobs(name: str, count: int) -> None:
+    if not _is_int(count) or not 0 <= count <= _MAX_LOGPROBS:
+        raise InvalidRequest(f"{name} is {count!r}, must be 0 … {_MAX_LOGPROBS}")
+
+
+def _checked_logit_bias(logit_bias: Mapping[int, float]) -> dict[int, float]:
+    """A copy that nobody else has. O(tokens)."""
+    if not isinstance(logit_bias, Mapping):
+        raise InvalidRequest(
+            f"logit_bias is of type {type(logit_bias).__name__}, must map token ids to numbers"
+        )
+    for token_id, bias in logit_bias.items():
+        if not _is_int(token_id) or token_id < 0:
+            raise InvalidRequest(f"logit_bias is for token {token_id!r}, must be for ids from 0 on")
+        if not _is_number(bias) or not -_MAX_BIAS <= bias <= _MAX_BIAS:
+            raise InvalidRequest(f"logit_bias of token {token_id} is {bias!r}, must be −100 … 100")
+    return dict(logit_bias)
 
 
 def _is_int(value: object) -> bool:

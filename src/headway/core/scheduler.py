@@ -15,9 +15,10 @@ A step is one merge of the two from the top, under four budgets: slots, tokens, 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import NamedTuple
@@ -32,6 +33,8 @@ from headway.core.priority_queue import PriorityQueue
 from headway.core.reclaim import plan_victims
 from headway.core.request import Request, RequestStatus, check_priority
 from headway.core.scheduler_output import Preemption, SchedulerOutput
+from headway.core.slo import SLOTable
+from headway.core.time_sharing import NO_SHARES, share_time
 
 __all__ = ["PriorityScheduler", "SchedulerStatistics"]
 
@@ -108,6 +111,18 @@ class PriorityScheduler:
         self.resident: list[Request] = []
         #: Every unfinished request by id: those of ``waiting_heap`` and of ``resident``.
         self.requests: dict[str, Request] = {}
+        #: What each class of requests has been promised.
+        self.slos = SLOTable(config.slos)
+        #: Requests that have never been in a step, and the tokens of their prompts.
+        self.num_queued = self.num_queued_tokens = 0
+        #: What no step may be predicted to take (ms); infinite = no bound.
+        self._step_limit_ms = config.step_limit_ms
+        #: Whether steps are bounded in time at all.
+        self._is_timed = bool(config.slos) or self._step_limit_ms < math.inf
+        #: Whether somebody in the last step would have computed more, had there been time.
+        self._is_short_of_time = False
+        #: Steps scheduled while steps are bounded in time.
+        self._num_timed_steps = 0
         #: The longest that a request may get, in tokens.
         self._max_request_tokens = config.max_request_tokens
         #: The latest time it was told; never decreases.
@@ -137,6 +152,8 @@ class PriorityScheduler:
         request.transitions.append((now, RequestStatus.WAITING))
         self._enrol(request)
         self.waiting_heap.push(request.request_id, request.key, request)
+        self.num_queued += 1
+        self.num_queued_tokens += request.num_prompt_tokens
 
     def fork(self, request_id: str, child: Request, now: float | None = None) -> None:
         """Add ``child``, which shares the blocks of a resident request's computed tokens.
@@ -251,9 +268,13 @@ class PriorityScheduler:
         resident, waiting = self.resident, self.waiting_heap
         slots = self.config.max_num_seqs
         budget = self.config.max_num_batched_tokens
-        time = TimeBudget(self.cost_model, self.config.max_step_ms)
-        is_timed = time.limit_ms is not None
+        is_timed = self._is_timed
+        time = TimeBudget(self.cost_model, self._step_limit_ms)
+        shares = self._share_time() if self._is_short_of_time else NO_SHARES
+        self._is_short_of_time = False
+        self._num_timed_steps += is_timed
         prefill_tokens = context_tokens = 0
+        prefill_context = 0.0
         running = _RUNNING
         # The next waiting request, and its rank among the residents. None once one of those
         # above could not get what it needs: nobody ranked below may be admitted to that.
@@ -264,7 +285,9 @@ class PriorityScheduler:
             if index == head_index:
                 if head is None:
                     break
-                has_time = not requests or time.allows(head.num_tokens)
+                has_time = not requests or time.allows(
+                    head.num_tokens, self._time_limit(head, time)
+                )
                 if has_time and self._admit(head, index, slots, output, now):
                     head = waiting.peek() if waiting else None
                     head_index = self._rank_among_residents(head)
@@ -285,12 +308,14 @@ class PriorityScheduler:
             computed = request.num_computed_tokens
             count = num_tokens - computed
             if count > 1 or is_timed:
-                count = self._fit(request, count, budget, time, is_first=not requests)
+                count = self._fit(request, count, budget, time, shares, is_first=not requests)
                 if not count:
                     self._pause(request, output, now)
+                    head, head_index = None, len(resident)
                     continue
             if count > 1:
                 prefill_tokens += count
+                prefill_context += count * (computed + count / 2)
             else:
                 context_tokens += computed
             if request.status is not running:
@@ -303,8 +328,12 @@ class PriorityScheduler:
             self._pause(request, output, now)
         output.num_batched_tokens = self.config.max_num_batched_tokens - budget
         output.features = StepFeatures(
-            prefill_tokens, output.num_batched_tokens - prefill_tokens, context_tokens
+            prefill_tokens,
+            output.num_batched_tokens - prefill_tokens,
+            context_tokens,
+            prefill_context,
         )
+        output.predicted_ms = self.cost_model.predict_ms(output.features)
         return output
 
     def update_from_output(
@@ -409,6 +438,8 @@ class PriorityScheduler:
             manager.free(request.request_id)
             return False
         self.waiting_heap.remove(request.request_id)
+        if request.status is RequestStatus.WAITING:
+            self._leave_queue(request)
         if request.first_scheduled_time is None:
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         return True
@@ -443,19 +474,79 @@ class PriorityScheduler:
         return True
 
     def _fit(
-        self, request: Request, count: int, budget: int, time: TimeBudget, is_first: bool
+        self,
+        request: Request,
+        count: int,
+        budget: int,
+        time: TimeBudget,
+        shares: Mapping[str, int],
+        is_first: bool,
     ) -> int:
         """How many of ``count`` uncomputed tokens fit the token and time budgets; spends time."""
-        computed = request.num_computed_tokens
-        if self.config.deterministic:
-            left = request.num_prompt_tokens - computed
-            # A generated token is replayed as it was computed first: one a step.
-            count = min(count, left) if left > 0 else 1
-        count = min(count, budget)
-        if time.limit_ms is not None:
-            count = time.affordable(count, computed, is_first)
-            time.spend(count, computed)
+        count = min(self._wanted(request, count), budget)
+        if self._is_timed:
+            computed = request.num_computed_tokens
+            share = min(count, shares.get(request.request_id, count))
+            if share:
+                limit_ms = self._time_limit(request, time)
+                share = time.affordable(share, computed, is_first, limit_ms)
+            if share < count:
+                self._is_short_of_time = True
+                count = share
+            if count:
+                time.spend(count, computed)
+                request.last_step = self._num_timed_steps
+                if request.slo is not None and request.slo.tpot_ms is not None:
+                    time.tighten(request.slo.tpot_ms)
         return count
+
+    def _wanted(self, request: Request, count: int) -> int:
+        """How many of ``count`` uncomputed tokens a step may compute."""
+        if self.config.deterministic:
+            left = request.num_prompt_tokens - request.num_computed_tokens
+            # A generated token is replayed as it was computed first: one a step.
+            return min(count, left) if left > 0 else 1
+        return count
+
+    def _time_limit(self, request: Request, time: TimeBudget) -> float:
+        """What the step may take as far as ``request`` goes (ms).
+
+        One that has a TTFT target and no token yet is not held up by others' time per token:
+        they wait one step longer, it would wait several.
+        """
+        slo = request.slo
+        if slo is not None and slo.ttft_ms is not None and request.first_token_time is None:
+            return time.max_ms
+        return time.limit_ms
+
+    def _share_time(self) -> Mapping[str, int]:
+        """Shares of the next step's time for those among whom it runs out. O(residents).
+
+        Those above them get what they want; for those below there is nothing left.
+        """
+        resident = self.resident
+        max_tokens = self.config.max_num_batched_tokens
+        wants = [
+            min(max_tokens, self._wanted(one, one.num_tokens - one.num_computed_tokens))
+            for one in resident
+        ]
+        time = TimeBudget(self.cost_model, self._step_limit_ms)
+        for index, request in enumerate(resident):
+            if request.slo is not None and request.slo.tpot_ms is not None:
+                time.tighten(request.slo.tpot_ms)
+            computed = request.num_computed_tokens
+            if time.affordable(wants[index], computed, False) < wants[index]:
+                break
+            time.spend(wants[index], computed)
+        else:
+            return NO_SHARES
+        above = bisect_left(resident, request.key, key=self.policy.threshold)
+        below = bisect_right(resident, self.policy.threshold(request), key=_KEY)
+        time.spent_ms = time.costs.step
+        for one, wanted in zip(resident[:above], wants, strict=False):
+            time.spend(wanted, one.num_computed_tokens)
+        equals = list(zip(resident[above:below], wants[above:below], strict=True))
+        return share_time(equals, time, has_first=not above)
 
     def _pause(self, request: Request, output: SchedulerOutput, now: float) -> None:
         if request.status is _RUNNING:
@@ -552,10 +643,15 @@ class PriorityScheduler:
         self._rank(request)
         self.requests[request.request_id] = request
 
+    def _leave_queue(self, request: Request) -> None:
+        self.num_queued -= 1
+        self.num_queued_tokens -= request.num_prompt_tokens
+
     def _rank(self, request: Request) -> None:
         request.key = (*self.policy.key(request), request.sequence)
         displaces = self.mode is not PreemptionMode.NONE
         request.threshold = self.policy.threshold(request) if displaces else NOBODY
+        request.slo = self.slos.of(request.priority)
 
     def _rank_among_residents(self, request: Request | None) -> int:
         """How many residents go before ``request``; all of them for None. O(log residents)."""
@@ -579,6 +675,8 @@ class PriorityScheduler:
             request.block_table = []
         else:
             self.waiting_heap.remove(request_id)
+            if request.status is RequestStatus.WAITING:
+                self._leave_queue(request)
         self.kv_cache.drop_swapped(request)
         request.transition(status, now)
         request.finish_time = now

@@ -47,6 +47,7 @@ class SchedulerOutput(Sequence[Request]):
         "features",
         "num_batched_tokens",
         "num_scheduled_tokens",
+        "predicted_ms",
         "preemptions",
         "requests",
         "swap_in",
@@ -69,6 +70,8 @@ class SchedulerOutput(Sequence[Request]):
         self.preemptions: list[Preemption] = []
         #: What the step's time is predicted from.
         self.features = StepFeatures(0, 0, 0)
+        #: What the cost model expects it to take.
+        self.predicted_ms = 0.0
 
     @property
     def is_empty(self) -> bool:
