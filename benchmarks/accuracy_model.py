@@ -136,7 +136,7 @@ def prefill(
             # precedes it, and there may be padding sequences behind.
             rows = np.arange(batch.inputs["subsequence_begins"][1], dtype=np.int32)
             batch.inputs.update(sample_rows=rows, logit_rows=rows[-size:])
-            _, logits = executor.forward(batch)
+            logits = executor.forward(batch).logits
             looked_at = np.arange(-start % stride, size, stride)
             following = [token_ids[start + row + 1] for row in looked_at]
             found.append(_measure(expected[start + looked_at], logits[looked_at], following))
@@ -169,7 +169,7 @@ def decode(
         for request, index, position in zip(requests, of_text, at, strict=True):
             # As if it had been generated: a token behind the prompt is decoded, not prefilled.
             request.token_ids.append(texts[index][position])
-        _, logits = executor.forward(executor.batch(requests, [1] * STREAMS))
+        logits = executor.forward(executor.batch(requests, [1] * STREAMS)).logits
         expected = [reference[index][position] for index, position in zip(of_text, at, strict=True)]
         following = [texts[index][n + 1] for index, n in zip(of_text, at, strict=True)]
         found.append(_measure(np.stack(expected), logits[:STREAMS], following))

@@ -305,7 +305,7 @@ def describe_mismatch(
         params = SamplingParams(max_tokens=1, temperature=1.0, seed=0)
         request = Request("probe", prompt=prompt, sampling_params=params)
         request.block_table = list(range(-(-len(prompt) // executor.block_size)))
-        _, logits = executor.forward(executor.batch([request], [len(prompt)]))
+        logits = executor.forward(executor.batch([request], [len(prompt)])).logits
         wanted, found = case.expected[at], got[at]
         report |= {"expected": wanted, "got": found}
         report["logit_gap"] = round(float(logits[0, wanted] - logits[0, found]), 5)

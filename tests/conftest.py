@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import pytest
+from tiny_models import add_byte_tokenizer
 
 from headway.core import invariants
 from headway.core.config import SchedulerConfig
@@ -18,12 +19,16 @@ from headway.engine.tokenizer import Tokenizer
 from headway.executor.base import Executor
 from headway.executor.simulated import SimulatedExecutor, VirtualClock
 
-#: GPT-2's alphabet: the character that stands for each byte in a byte-level vocabulary.
-_HIDDEN = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
-_ALPHABET = [chr(256 + _HIDDEN.index(n)) if n in _HIDDEN else chr(n) for n in range(256)]
-
 _STORY = (
     "It was a dark and stormy night; the rain fell in torrents — except at occasional intervals. "
+)
+
+_CHAT_TEMPLATE = (
+    "{% for one in messages %}"
+    "{% if one.role == 'tool' %}{{ raise_exception('there are no tools') }}{% endif %}"
+    "{{ one.role }}: {{ one.content }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 #: Builds an engine; see ``make_engine``.
@@ -35,13 +40,8 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Every byte is a token of the same number; token 256 ends a text."""
     path = tmp_path_factory.mktemp("tokenizer") / "bytes.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    pair = _ALPHABET[0] + _ALPHABET[1]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*_ALPHABET, "<|end|>", pair])
-    writer.add_token_types([1] * 256 + [3, 1])
-    writer.add_token_merges([" ".join(pair)])
-    writer.add_eos_token_id(256)
+    add_byte_tokenizer(writer)
+    writer.add_chat_template(_CHAT_TEMPLATE)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -72,6 +72,8 @@ def make_engine(story: str, byte_tokenizer: Tokenizer) -> Iterator[MakeEngine]:
         clock: Clock | None = None,
         executor: Executor | None = None,
         max_num_queued_reqs: int = 1000,
+        max_queued_tokens: int | None = None,
+        queue_timeout: float | None = None,
         ingress_capacity: int = 100,
         **settings: Any,
     ) -> Engine:
@@ -98,6 +100,8 @@ def make_engine(story: str, byte_tokenizer: Tokenizer) -> Iterator[MakeEngine]:
             tokenizer,
             clock=clock or virtual,
             max_num_queued_reqs=max_num_queued_reqs,
+            max_queued_tokens=max_queued_tokens,
+            queue_timeout=queue_timeout,
             ingress_capacity=ingress_capacity,
         )
         engine.observers.append(lambda _: invariants.check(engine.scheduler))

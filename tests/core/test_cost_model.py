@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 
 from headway.core.cost_model import CostModel, StepFeatures, TimeBudget
-from headway.core.errors import ConfigError
 
 TRUE = (4.0, 0.3, 1.2, 0.002, 0.0004)
 
@@ -48,47 +47,58 @@ def test_converges_to_the_true_costs_through_noise(guess: tuple[float, ...]) -> 
 def test_without_noise_it_is_exact_after_a_few_steps() -> None:
     rng = random.Random(2)
     model = CostModel()
-    for _ in range(60):
+    for _ in range(300):
         features = random_step(rng)
         model.observe(features, true_ms(features))
-    assert model.coefficients == pytest.approx(TRUE, rel=0.02)
+    assert model.coefficients == pytest.approx(TRUE, rel=0.1)
 
 
-def test_forgets_what_is_no_longer_so() -> None:
+def test_follows_a_machine_that_becomes_slower() -> None:
+    """And a load of one kind tells about the others."""
     rng = random.Random(3)
-    model = CostModel(forgetting=0.98)
+    model = CostModel()
+    for _ in range(300):
+        features = random_step(rng)
+        model.observe(features, true_ms(features))
+    model.calibrate()
     slower = tuple(3 * c for c in TRUE)
-    for coefficients in (TRUE, slower):
-        for _ in range(1000):
-            features = random_step(rng)
-            model.observe(features, true_ms(features, coefficients))
-    assert model.coefficients == pytest.approx(slower, rel=0.05)
+    for _ in range(30):
+        decodes = StepFeatures(0, 16, 16 * rng.randrange(16, 512))
+        model.observe(decodes, true_ms(decodes, slower))
+    for _ in range(50):
+        features = random_step(rng)
+        assert model.predict_ms(features) == pytest.approx(true_ms(features, slower), rel=0.5)
+    for _ in range(1000):
+        features = random_step(rng)
+        model.observe(features, true_ms(features, slower))
+    for _ in range(50):
+        features = random_step(rng)
+        assert model.predict_ms(features) == pytest.approx(true_ms(features, slower), rel=0.05)
 
 
-def test_stays_finite_and_right_when_the_load_never_varies() -> None:
+def test_remembers_what_a_monotonous_load_does_not_show() -> None:
+    rng = random.Random(4)
+    model = CostModel()
+    for _ in range(300):
+        features = random_step(rng)
+        model.observe(features, true_ms(features))
+    model.calibrate()
+    same = StepFeatures(0, 8, 1024)
+    for _ in range(20_000):
+        model.observe(same, true_ms(same) * rng.uniform(0.8, 1.2))
+    assert model.predict_ms(same) == pytest.approx(true_ms(same), rel=0.1)
+    for _ in range(100):
+        other = random_step(rng)
+        assert model.predict_ms(other) == pytest.approx(true_ms(other), rel=0.3)
+
+
+def test_without_calibration_a_monotonous_load_is_known_at_least() -> None:
     model = CostModel()
     features = StepFeatures(0, 8, 1024)
     for _ in range(20_000):
-        model.observe(features, 17.0)
-    assert model.predict_ms(features) == pytest.approx(17.0, rel=0.01)
+        model.observe(features, 170.0)
+    assert model.predict_ms(features) == pytest.approx(170.0, rel=0.02)
     assert all(math.isfinite(c) and 0 <= c < 1e3 for c in model.coefficients)
-    # It is not a slave of that load either: it still learns.
-    rng = random.Random(4)
-    for _ in range(1000):
-        other = random_step(rng)
-        model.observe(other, true_ms(other))
-    for _ in range(100):
-        other = random_step(rng)
-        assert model.predict_ms(other) == pytest.approx(true_ms(other), rel=0.1, abs=2.0)
-
-
-def test_forgetting_fast_does_not_wind_it_up() -> None:
-    """Without a bound its uncertainty would grow by a ninth a step, beyond all floats."""
-    model = CostModel(forgetting=0.9)
-    for _ in range(10_000):
-        model.observe(StepFeatures(0, 8, 1024), 17.0)
-    assert model.predict_ms(StepFeatures(0, 8, 1024)) == pytest.approx(17.0, rel=0.01)
-    assert all(c < 1e3 for c in model.coefficients)
 
 
 @given(
@@ -114,12 +124,6 @@ def test_no_measurements_make_costs_negative_or_infinite(
         model.observe(features, measured_ms)
         assert all(c >= 0 and math.isfinite(c) for c in model.coefficients)
         assert model.predict_ms(features) >= 0
-
-
-@pytest.mark.parametrize("forgetting", [0.0, -1.0, 1.01, math.nan])
-def test_a_bad_forgetting_factor_is_refused(forgetting: float) -> None:
-    with pytest.raises(ConfigError, match="must be above 0 and at most 1"):
-        CostModel(forgetting=forgetting)
 
 
 def test_the_costs_of_coming_back() -> None:
@@ -179,10 +183,44 @@ def test_a_chunk_deep_in_its_context_costs_more() -> None:
     assert time.spent_ms <= time.limit_ms
 
 
-def test_the_first_ranked_always_gets_a_token() -> None:
-    time = budget(0.5)
-    assert time.affordable(100, 0, is_first=True) == 1
+def test_the_first_ranked_always_gets_a_chunk() -> None:
+    time = TimeBudget(CostModel((1.0, 0.5, 2.0, 0.01)), 0.5, min_chunk=16)
+    assert time.affordable(100, 0, is_first=True) == 16
+    assert time.affordable(9, 0, is_first=True) == 9
+    assert time.affordable(1, 0, is_first=True) == 1
     assert time.affordable(100, 0, is_first=False) == 0
+
+
+def test_a_single_slow_step_is_not_believed() -> None:
+    rng = random.Random(6)
+    model = CostModel()
+    for _ in range(300):
+        features = random_step(rng)
+        model.observe(features, true_ms(features))
+    model.observe(StepFeatures(0, 8, 1024), 60_000.0)
+    for _ in range(10):
+        features = random_step(rng)
+        assert model.predict_ms(features) < 2.5 * true_ms(features)
+        model.observe(features, true_ms(features))
+
+
+def test_it_is_believed_if_it_stays_slow() -> None:
+    model = CostModel()
+    features = StepFeatures(0, 8, 1024)
+    for _ in range(40):
+        model.observe(features, 300.0)
+    assert model.predict_ms(features) == pytest.approx(300.0, rel=0.1)
+
+
+def test_reset_is_the_first_guess() -> None:
+    model = CostModel((1.0, 2.0, 3.0))
+    model.observe(StepFeatures(0, 8, 1024), 99.0)
+    model.observe_swap(1, 5.0)
+    swap_ms = model.swap_ms_per_block
+    model.reset()
+    assert model.coefficients == pytest.approx((1.0, 2.0, 3.0, 0.0, 0.0))
+    assert model.num_observations == 0
+    assert model.swap_ms_per_block == swap_ms
 
 
 @given(

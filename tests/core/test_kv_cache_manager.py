@@ -71,6 +71,37 @@ def test_a_prompt_of_whole_blocks_leaves_its_last_block(lab: type[Lab]) -> None:
         assert one.step().counts == {name: expected}
 
 
+def test_who_wants_its_prompt_rated_computes_it_itself(lab: type[Lab]) -> None:
+    one = lab(num_blocks=20)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    one.add("a", prompt=prompt, max_tokens=1)
+    one.drain()
+    rated = Request("b", 0, prompt, sampling_params=SamplingParams(max_tokens=9, prompt_logprobs=0))
+    one.scheduler.add_request(rated)
+    assert one.step().counts == {"b": 10}
+    assert rated.num_cached_tokens == 0
+    # What it has computed once, it need not compute again.
+    one.scheduler.preempt("b")
+    assert one.step().counts == {"b": 2}
+    assert rated.num_computed_tokens == 10
+    one.add("c", prompt=prompt, max_tokens=1)
+    assert one.step().counts == {"b": 1, "c": 2}
+    one.drain()
+
+
+def test_what_it_has_computed_before_it_was_preempted_is_found_and_no_more(lab: type[Lab]) -> None:
+    one = lab(num_blocks=20, max_num_batched_tokens=6)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    one.add("a", prompt=prompt, max_tokens=1)
+    one.drain()
+    params = SamplingParams(max_tokens=2, prompt_logprobs=0)
+    one.scheduler.add_request(Request("b", 0, prompt, sampling_params=params))
+    assert one.step().counts == {"b": 6}
+    one.scheduler.preempt("b")
+    assert one.step().counts == {"b": 6}  # from the fifth on: the cache has eight
+    one.drain()
+
+
 def test_without_prefix_caching_nothing_is_found(lab: type[Lab]) -> None:
     one = lab(enable_prefix_caching=False)
     for name in "ab":

@@ -17,6 +17,7 @@ ALLOWED = {
     "dataclasses",
     "enum",
     "hashlib",
+    "heapq",
     "itertools",
     "math",
     "operator",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -77,6 +79,23 @@ def test_bad_input_is_refused_with_value_and_limit(arguments: dict[str, Any], me
         ({"top_k": -2}, "top_k is -2, must be −1, 0 (all) or positive"),
         ({"top_k": 1.5}, "top_k is 1.5"),
         ({"seed": -1}, "seed is -1, must be 0 … 2**64 − 1"),
+        ({"presence_penalty": 2.1}, "presence_penalty is 2.1, must be −2 … 2"),
+        ({"presence_penalty": "no"}, "presence_penalty is 'no'"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty is -2.1, must be −2 … 2"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty is nan"),
+        ({"frequency_penalty": None}, "frequency_penalty is None"),
+        ({"logprobs": 21}, "logprobs is 21, must be 0 … 20"),
+        ({"logprobs": -1}, "logprobs is -1"),
+        ({"logprobs": True}, "logprobs is True"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is 21, must be 0 … 20"),
+        ({"prompt_logprobs": 1.0}, "prompt_logprobs is 1.0"),
+        ({"logit_bias": [1, 2]}, "logit_bias is of type list, must map token ids to numbers"),
+        ({"logit_bias": None}, "logit_bias is of type NoneType"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias is for token '5', must be for ids from 0 on"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias is for token -1"),
+        ({"logit_bias": {5: 100.5}}, "logit_bias of token 5 is 100.5, must be −100 … 100"),
+        ({"logit_bias": {5: math.nan}}, "logit_bias of token 5 is nan"),
+        ({"logit_bias": {5: "1"}}, "logit_bias of token 5 is '1'"),
         ({"seed": 2**64}, f"seed is {2**64}"),
         ({"stop": ""}, "stop is '', must be texts of at least one character"),
         ({"stop": ("a", "")}, "must be texts of at least one character"),
@@ -99,6 +118,38 @@ def test_sampling_params_are_normalised() -> None:
     assert params.stop == ("END",)
     assert params.stop_token_ids == frozenset({1, 2})
     assert hash(params) == hash(SamplingParams(stop=("END",), stop_token_ids=frozenset({1, 2})))
+
+
+def test_a_logit_bias_is_copied_compared_and_pickled() -> None:
+    biases = {5: 1.5, 7: -100}
+    params = SamplingParams(logit_bias=biases)
+    biases[5] = 3.0
+    assert params.logit_bias == {5: 1.5, 7: -100}
+    assert params == SamplingParams(logit_bias={7: -100.0, 5: 1.5}) != SamplingParams()
+    assert hash(params) == hash(SamplingParams(logit_bias={7: -100.0, 5: 1.5}))
+    assert pickle.loads(pickle.dumps(params)) == params == replace(params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, False),
+        ({"top_p": 0.5, "prompt_logprobs": 3, "presence_penalty": 0}, False),
+        ({"temperature": 1.0}, True),
+        ({"temperature": 1.0, "top_k": 1}, False),
+        ({"logprobs": 0}, True),
+        ({"presence_penalty": 0.1}, True),
+        ({"frequency_penalty": -0.1}, True),
+        ({"logit_bias": {0: 1.0}}, True),
+    ],
+    ids=str,
+)
+def test_logits_are_needed_unless_the_likeliest_token_is_all_that_counts(
+    arguments: dict[str, Any], expected: bool
+) -> None:
+    params = SamplingParams(**({"temperature": 0.0} | arguments))
+    assert params.needs_logits is expected
+    assert replace(params, max_tokens=3).needs_logits is expected
 
 
 # ---------------------------------------------------------------------- tokens

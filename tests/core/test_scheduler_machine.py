@@ -33,6 +33,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.accepted: set[str] = set()
         self.ended: set[str] = set()
         self.outputs: dict[str, list[int]] = {}
+        #: Request id → how many of its first tokens it has computed once.
+        self.computed: dict[str, int] = {}
 
     @initialize(
         max_num_seqs=st.integers(1, 4),
@@ -85,14 +87,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 2), min_size=1, max_size=12),
         max_tokens=st.integers(1, 12),
         deadline=st.none() | st.floats(0, 50),
+        prompt_logprobs=st.sampled_from([None, 0]),
     )
     def add(
-        self, priority: int, prompt: list[int], max_tokens: int, deadline: float | None
+        self,
+        priority: int,
+        prompt: list[int],
+        max_tokens: int,
+        deadline: float | None,
+        prompt_logprobs: int | None,
     ) -> None:
         limit = self.scheduler.config.max_request_tokens
         self.count += 1
         request = Request(
-            f"r{self.count}", priority, prompt[: limit - 1], max_tokens, deadline=deadline
+            f"r{self.count}",
+            priority,
+            prompt[: limit - 1],
+            sampling_params=SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs),
+            deadline=deadline,
         )
         self.scheduler.add_request(request, self.now)
         self.accepted.add(request.request_id)
@@ -195,6 +207,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         sampled: list[int | None] = []
         for request, count in zip(output, output.num_scheduled_tokens, strict=True):
             start, end = request.num_computed_tokens, request.num_computed_tokens + count
+            if request.sampling_params.prompt_logprobs is not None:
+                # What it skips, it has computed itself before, and nothing is left out.
+                seen = self.computed.get(request.request_id, 0)
+                assert max(start, request.peak_computed_tokens) == seen
+                self.computed[request.request_id] = max(seen, end)
             for position in range(start):
                 stored = self.memory[request.block_table[position // size]][position % size]
                 assert stored == tuple(request.token_ids[: position + 1]), "foreign contents"

@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from headway.core.errors import DuplicateRequest, EngineStopped, InvalidRequest, QueueFull
+from headway.core.errors import (
+    DuplicateRequest,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+    SlowReader,
+)
 from headway.core.request import SamplingParams
 from headway.core.scheduler_output import SchedulerOutput
 from headway.engine.async_engine import AsyncEngine
@@ -290,10 +297,152 @@ def test_a_full_queue_is_said_or_waited_for(make_engine: MakeEngine) -> None:
                 asyncio.create_task(text_of(engine.generate("x", tokens(2)))) for _ in range(6)
             ]
             await asyncio.sleep(0)
-            with pytest.raises(QueueFull, match="2 requests are waiting, at most 2 may"):
-                await text_of(engine.generate("x", wait_for_room=False))
+            # Of the three that come in by force, one has a place when somebody starts.
+            forced = [
+                asyncio.create_task(text_of(engine.generate("x", tokens(2), wait_for_room=False)))
+                for _ in range(3)
+            ]
+            await asyncio.sleep(0)
             gate.may_pass.set()
+            results = await asyncio.gather(*forced, return_exceptions=True)
+            assert results[0] == "aa"
+            for refusal in results[1:]:
+                assert isinstance(refusal, QueueFull)
+                assert "2 requests at least as urgent are waiting" in str(refusal)
             assert await asyncio.gather(held, *readers) == ["a"] + ["aa"] * 6
+
+    run(test())
+
+
+def test_the_more_urgent_takes_the_place_of_one_that_waits(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        inner = make_engine(executor=gate, max_num_seqs=1, max_num_queued_reqs=1)
+        async with AsyncEngine(inner) as engine:
+            held = await gate.hold(engine)
+            waiting = asyncio.create_task(
+                text_of(engine.generate("x", tokens(2), priority=5, wait_for_room=False))
+            )
+            await asyncio.sleep(0)
+            urgent = [
+                asyncio.create_task(
+                    text_of(engine.generate("x", tokens(2), priority=4, wait_for_room=False))
+                )
+                for _ in range(2)
+            ]
+            await asyncio.sleep(0)
+            gate.may_pass.set()
+            with pytest.raises(QueueFull) as caught:
+                await waiting
+            assert caught.value.retry_after > 0
+            assert await asyncio.gather(held, *urgent) == ["a", "aa", "aa"]
+
+    run(test())
+
+
+# --- asking, draining, slow readers ---------------------------------------------------------------
+
+
+def test_requests_can_be_listed_while_they_are_served(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate, max_num_seqs=1)) as engine:
+            assert await engine.list_requests() == []
+            held = await gate.hold(engine)
+            readers = [
+                asyncio.create_task(text_of(engine.generate("x", tokens(2), name, priority=rank)))
+                for name, rank in (("first", 3), ("second", 0), ("third", 7))
+            ]
+            await asyncio.sleep(0)
+            questions = [
+                asyncio.create_task(engine.list_requests()),
+                asyncio.create_task(engine.list_requests(limit=1)),
+                asyncio.create_task(engine.get_request("third")),
+                asyncio.create_task(engine.get_request("nobody")),
+            ]
+            await asyncio.sleep(0)
+            gate.may_pass.set()
+            infos, first, third, nobody = await asyncio.gather(*questions)
+            assert [(one.request_id, one.priority, one.status) for one in infos] == [
+                ("second", 0, "waiting"),
+                ("first", 3, "waiting"),
+                ("third", 7, "waiting"),
+            ]
+            assert [one.request_id for one in first] == ["second"]
+            assert third.rank == 2
+            assert third.predicted_wait > infos[1].predicted_wait > 0
+            assert nobody is None
+            assert await asyncio.gather(held, *readers) == ["a", "aa", "aa", "aa"]
+        with pytest.raises(EngineStopped):
+            await engine.list_requests()
+
+    run(test())
+
+
+def test_a_question_is_answered_or_refused_when_the_step_loop_dies(
+    make_engine: MakeEngine,
+) -> None:
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate)) as engine:
+            held = await gate.hold(engine)
+            question = asyncio.create_task(engine.list_requests())
+            await asyncio.sleep(0)
+            gate.fault = RuntimeError("boom")
+            gate.may_pass.set()
+            with pytest.raises(EngineStopped):
+                await held
+            with suppress(EngineStopped):
+                assert len(await question) <= 1
+            assert not engine.is_alive
+
+    run(test())
+
+
+def test_draining_finishes_what_has_begun_and_takes_nothing_new(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate)) as engine:
+            held = await gate.hold(engine)
+            assert engine.is_alive
+            draining = asyncio.create_task(engine.drain())
+            await asyncio.sleep(0)
+            assert not engine.is_alive
+            with pytest.raises(EngineStopped, match="takes no more requests"):
+                await text_of(engine.generate("x"))
+            assert not draining.done()
+            gate.may_pass.set()
+            assert await held == "a"
+            await draining
+
+    run(test())
+
+
+def test_draining_ends_those_who_take_too_long(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate)) as engine:
+            held = await gate.hold(engine)
+            await engine.drain(timeout=0)
+            with pytest.raises(EngineStopped, match="0 s were not enough"):
+                await held
+            gate.may_pass.set()
+
+    run(test())
+
+
+def test_a_reader_who_does_not_read_costs_a_bounded_buffer(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine(), max_buffered_tokens=10) as engine:
+            slow = engine.generate("x", tokens(500), "slow")
+            received = list((await anext(slow)).new_token_ids)
+            while await engine.get_request("slow") is not None:
+                pass
+            with pytest.raises(SlowReader, match=r"1\d tokens wait to be read, at most 10 may"):
+                async for output in slow:
+                    received += output.new_token_ids
+            assert 10 < len(received) < 500
+            assert len(await text_of(engine.generate("x", tokens(5), "slow"))) == 5
 
     run(test())
 

@@ -85,7 +85,7 @@ def test_settings_arrive() -> None:
     assert (config.max_model_len, engine.executor.max_model_len) == (1000, 1000)
     assert config.num_swap_blocks == pytest.approx(10_000_000 / bytes_per_block, abs=2)
     assert not config.enable_prefix_caching
-    assert engine.max_num_queued_reqs == 5
+    assert engine.queue_limits.max_num_reqs == 5
     assert "compile" in stages
     # Ten prompts through a queue of five: generate waits for room.
     outputs = llm.generate(["Hello"] * 10)

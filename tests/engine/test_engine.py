@@ -276,18 +276,109 @@ def test_a_full_ring_refuses_until_the_next_step(
     }
 
 
-def test_a_full_queue_refuses_until_somebody_has_started(
+def test_there_is_room_until_the_queue_is_full(
     make_engine: MakeEngine, drain: Drain, story: str
 ) -> None:
     engine = make_engine(max_num_seqs=1, max_num_queued_reqs=2)
     for request_id in ("a", "b"):
+        assert engine.has_room
         engine.submit(ask(request_id, story[:6], 2))
-    with pytest.raises(QueueFull, match=r"^2 requests are waiting, at most 2 may$"):
-        engine.submit(ask("c", story[:6], 2))
+    assert not engine.has_room
     outputs = engine.step()
     assert engine.has_room
     engine.submit(ask("c", story[:6], 2))
-    assert list(ends(outputs + drain(engine))) == ["a", "b", "c"]
+    assert ends(outputs + drain(engine)) == dict.fromkeys("abc", "length")
+
+
+# --- asking and watching --------------------------------------------------------------------------
+
+
+def test_a_function_is_called_between_steps(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    called: list[int] = []
+    engine.call(lambda: called.append(threading.get_ident()))
+    assert engine.has_work
+    assert not called
+    engine.step()
+    assert called == [threading.get_ident()]
+    assert not engine.has_work
+
+
+def test_requests_are_listed_by_rank_with_their_waits(
+    make_engine: MakeEngine, drain: Drain, story: str
+) -> None:
+    engine = make_engine(max_num_seqs=2)
+    for request_id, priority in (("a", 5), ("b", 1), ("c", 5), ("d", 9)):
+        engine.submit(ask(request_id, story[:6], 10, priority))
+    engine.step()
+    engine.step()
+    infos = engine.request_infos()
+    assert [(one.request_id, one.rank, one.status) for one in infos] == [
+        ("b", 0, "running"),
+        ("a", 1, "running"),
+        ("c", 2, "waiting"),
+        ("d", 3, "waiting"),
+    ]
+    first = infos[0]
+    assert (first.priority, first.max_tokens, first.num_prompt_tokens) == (1, 10, 6)
+    assert (first.num_output_tokens, first.num_computed_tokens) == (2, 7)
+    waits = [one.predicted_wait for one in infos]
+    assert waits[:2] == [0, 0]
+    assert 0 < waits[2] <= waits[3]
+    assert all(one.age == engine.clock() for one in infos)
+    assert engine.request_infos(limit=1) == infos[:1]
+    drain(engine)
+    assert engine.request_infos() == []
+
+
+def test_the_predicted_wait_is_about_what_it_takes(
+    make_engine: MakeEngine, drain: Drain, story: str
+) -> None:
+    engine = make_engine(max_num_seqs=2)
+    requests = [ask(f"r{i}", story[:6], 20) for i in range(12)]
+    for request in requests:
+        engine.submit(request)
+    for _ in range(25):  # the cost model has seen some steps
+        engine.step()
+    now = engine.clock()
+    predicted = {one.request_id: one.predicted_wait for one in engine.request_infos()}
+    waiting = [one for one in requests if one.status is RequestStatus.WAITING]
+    assert len(waiting) == 8
+    drain(engine)
+    for request in waiting:
+        assert request.first_scheduled_time is not None
+        wait = request.first_scheduled_time - now
+        assert predicted[request.request_id] == pytest.approx(wait, rel=0.3, abs=0.05)
+
+
+def test_observers_are_told_of_every_end_and_how_it_came(
+    make_engine: MakeEngine, drain: Drain, story: str
+) -> None:
+    engine = make_engine(max_num_seqs=1, max_num_queued_reqs=2)
+    told: list[tuple[str, str | None, str]] = []
+    engine.request_observers.append(
+        lambda request, output: told.append(
+            (request.request_id, output.finish_reason, type(output.error).__name__)
+        )
+    )
+    engine.submit(ask("good", story[:6], 3))
+    engine.step()
+    for request_id in ("aborted", "displaced", "displaced too"):
+        engine.submit(ask(request_id, story[:6], 3, priority=len(request_id)))
+    engine.submit(ask("good", story[:6], 3))
+    engine.abort("aborted")
+    engine.submit(ask("stopped", story[:6], 1, stop=(story[6],)))
+    drain(engine)
+    assert sorted(told) == sorted(
+        [
+            ("good", "rejected", "DuplicateRequest"),
+            ("aborted", "abort", "NoneType"),
+            ("displaced too", "rejected", "QueueFull"),
+            ("good", "length", "NoneType"),
+            ("stopped", "stop", "NoneType"),
+            ("displaced", "length", "NoneType"),
+        ]
+    )
 
 
 # --- ends -----------------------------------------------------------------------------------------

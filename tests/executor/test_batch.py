@@ -51,7 +51,7 @@ def test_prefill_decode_and_partial_chunk_side_by_side() -> None:
         "logit_rows": [1],
     }
     assert batch.sampled == [0, 1]
-    assert batch.random == [1]
+    assert batch.with_logits == [1]
     assert batch.copies == []
 
 
@@ -99,6 +99,41 @@ def test_a_shared_block_is_not_written_again() -> None:
     assert arrays(batch)["block_indices"] == [1, 101, 3, 102, 5]
     assert arrays(batch)["past_lens"] == [7, 3]
     assert first.block_table == [1, 2, 3]
+
+
+def rated(prompt: int, output: int, computed: int, table: list[int]) -> Request:
+    one = request(prompt, output, computed, table)
+    one.sampling_params = SamplingParams(temperature=0.0, prompt_logprobs=1)
+    return one
+
+
+def test_the_rows_of_rated_prompts_follow_those_that_are_sampled() -> None:
+    batch = build_batch(
+        [
+            rated(4, 0, 0, [1]),  # all of it: its last row tells of no prompt token
+            request(5, 0, 0, [2, 3], temperature=1.0),
+            rated(10, 0, 4, [4, 5, 6]),  # a chunk from the middle: every row does
+            rated(3, 2, 4, [7, 8]),  # decodes
+        ],
+        [4, 5, 4, 1],
+        block_size=4,
+        scratch_blocks=SCRATCH,
+    )
+    assert batch.sampled == [0, 1, 3]
+    assert batch.with_logits == [1]
+    assert batch.rated == [(0, range(1, 4)), (2, range(5, 9))]
+    assert arrays(batch)["sample_rows"] == [3, 8, 13, 0, 1, 2, 9, 10, 11, 12]
+    assert arrays(batch)["logit_rows"] == [1, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_rated_rows_alone_are_padded_and_short_chunks_rated_once() -> None:
+    batch = build_batch([rated(9, 0, 8, [1, 2, 3])], [1], 4, SCRATCH, min_rows=2, min_chunk=2)
+    assert batch.rated == []
+    batch = build_batch([rated(9, 0, 7, [1, 2])], [1], 4, SCRATCH, min_rows=2, min_chunk=2)
+    assert arrays(batch)["input_ids"] == [6, 7]
+    assert batch.rated == [(0, range(8, 9))]
+    assert arrays(batch)["sample_rows"] == [1, 1]
+    assert arrays(batch)["logit_rows"] == [0]
 
 
 @pytest.mark.parametrize("computed", [4, 5])

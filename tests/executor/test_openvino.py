@@ -12,6 +12,7 @@ from tiny_models import TinyModel
 from headway.core.errors import ConfigError, InternalError, ModelError
 from headway.core.request import Request, SamplingParams
 from headway.core.scheduler_output import SchedulerOutput
+from headway.executor.base import ModelRunnerOutput, TokenLogprobs
 from headway.executor.openvino import OpenVINOExecutor
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
@@ -64,6 +65,8 @@ class Pool:
         self.executor = executor
         self.random = np.random.default_rng(seed)
         self.free = self.random.permutation(executor.num_blocks).tolist()
+        #: All that the last step said.
+        self.last = ModelRunnerOutput([])
 
     def request(
         self, length: int, params: SamplingParams = GREEDY, tokens: list[int] | None = None
@@ -83,7 +86,8 @@ class Pool:
             end = request.num_computed_tokens + count
             while len(request.block_table) * self.executor.block_size < end:
                 request.block_table.append(self.free.pop())
-        sampled = self.executor.execute(output).sampled_token_ids
+        self.last = self.executor.execute(output)
+        sampled = self.last.sampled_token_ids
         for (request, count), token in zip(work, sampled, strict=True):
             request.num_computed_tokens += count
             if token is not None:
@@ -98,7 +102,7 @@ class Pool:
             while len(request.block_table) * self.executor.block_size < end:
                 request.block_table.append(self.free.pop())
         batch = self.executor.batch(requests, [count for _, count in work])
-        return self.executor.forward(batch)[1].copy()
+        return self.executor.forward(batch).logits.copy()
 
 
 RANDOM = SamplingParams(temperature=1.0, seed=1, max_tokens=64)
@@ -155,6 +159,78 @@ def test_chunked_prefill_is_the_whole_prefill(
             np.testing.assert_array_equal(got, want)
         np.testing.assert_allclose(got, want, atol=0.1)
         pool.free += request.block_table
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_prompt_s_logprobs_are_the_reference_s_however_it_is_cut(
+    make: Callable[..., OpenVINOExecutor], name: str
+) -> None:
+    executor = make(name)
+    params = SamplingParams(temperature=0.0, prompt_logprobs=3)
+    whole: list[TokenLogprobs] = []
+    for size in (100, 1, 7, 32, 33, 99):
+        pool = Pool(executor)
+        request = pool.request(100, params)
+        other = pool.request(3)
+        rated: list[TokenLogprobs] = []
+        while request.num_computed_tokens < 100:
+            count = min(size, 100 - request.num_computed_tokens)
+            pool.step((other, other.num_tokens - other.num_computed_tokens), (request, count))
+            if 1 in pool.last.prompt_logprobs:
+                assert pool.last.prompt_logprobs[1].start == 1 + len(rated)
+                rated += pool.last.prompt_logprobs[1].tokens
+        whole = whole or rated
+        if executor.invariance.holds:
+            assert rated == whole
+        np.testing.assert_allclose(
+            [one.logprob for one in rated], [one.logprob for one in whole], atol=0.1
+        )
+    want = MODELS[name].logits(request.prompt_token_ids)
+    want -= np.log(np.exp(want).sum(1, keepdims=True))
+    np.testing.assert_allclose(
+        [one.logprob for one in whole],
+        [want[at, request.token_ids[at + 1]] for at in range(99)],
+        atol=0.15 * np.std(want) * 4,
+    )
+
+
+def test_who_asks_for_logprobs_gets_the_same_tokens(make: Callable[..., OpenVINOExecutor]) -> None:
+    pool = Pool(make("llama"))
+    plain = pool.request(40)
+    rated = pool.request(
+        0, SamplingParams(temperature=0.0, logprobs=5, prompt_logprobs=0), plain.prompt_token_ids
+    )
+    for count in (40, *[1] * 12):
+        (first, second) = pool.step((plain, count), (rated, count))
+        assert first == second
+        assert pool.last.logprobs[1].token_id == pool.last.logprobs[1].top[0][0] == second
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, RANDOM, SamplingParams(temperature=0.0, logprobs=1)], ids=str
+)
+def test_a_request_whose_numbers_are_none_ends_alone(
+    make: Callable[..., OpenVINOExecutor], params: SamplingParams
+) -> None:
+    executor = make("llama")
+    pool = Pool(executor)
+    victim, *others = (pool.request(40, one) for one in (params, GREEDY, RANDOM))
+    pool.step((victim, 40), *((other, 40) for other in others))
+    sound = pool.step(*((other, 1) for other in others))
+    for other in others:
+        other.token_ids.pop()
+        other.num_computed_tokens -= 1
+    # What attention reads of the victim's first tokens is no number any more.
+    for rows in executor._store.pool:
+        rows[victim.block_table[0]] = 0xFF
+    assert pool.step((victim, 1), *((other, 1) for other in others)) == [None, *sound]
+    assert set(pool.last.errors) == {0}
+    assert str(pool.last.errors[0]).endswith(" is nan")
+    # Nor does it harm who gets its blocks.
+    heir = pool.request(0, GREEDY, others[0].prompt_token_ids)
+    heir.block_table = victim.block_table
+    assert pool.step((heir, 40)) == [others[0].output_token_ids[0]]
+    assert pool.step((heir, 1)) == sound[:1]
 
 
 def test_a_step_mixes_prefill_decode_and_sampling(make: Callable[..., OpenVINOExecutor]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headway.core.errors import InternalError
@@ -113,14 +114,16 @@ def test_a_choice_is_possible_whatever_the_parameters(
     chosen = sample(logits, params, position)
     assert np.isfinite(logits[chosen])
     # Whoever is chosen ranks inside the top k, and fewer than top_p of the weight is before it.
-    ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    rank = ranked.index(chosen)
+    # Logits that a float32 cannot tell apart, seen from the largest, are equals.
+    distance = logits.max() - logits
+    ranked = sorted(range(len(logits)), key=lambda token: (distance[token], token))
     if top_k > 0:
-        assert rank < top_k
         ranked = ranked[:top_k]
-    scaled = logits[ranked].astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
-    assert weights[:rank].sum() / weights.sum() < top_p + 1e-5
+    assert chosen in ranked
+    distance /= np.float32(temperature)
+    ranked.sort(key=lambda token: (distance[token], token))
+    weights = np.exp(-distance[ranked].astype(np.float64))
+    assert weights[: ranked.index(chosen)].sum() / weights.sum() < top_p + 1e-5
 
 
 def test_greedy_ties_and_top_k_ties_go_to_the_smaller_id() -> None:
@@ -135,6 +138,73 @@ def test_greedy_ties_and_top_k_ties_go_to_the_smaller_id() -> None:
     level = np.zeros(6, dtype=np.float32)
     half = SamplingParams(top_p=0.55, seed=1)
     assert {sample(level, half, n) for n in range(400)} == {0, 1, 2, 3}
+
+
+#: Numbers whose sums a float32 holds exactly.
+quarters = st.integers(-8, 8).map(lambda number: number / 4)
+
+
+@RELAXED
+@given(
+    values=st.lists(quarters, min_size=3, max_size=12),
+    generated=st.lists(st.integers(0, 2), max_size=8),
+    presence=quarters,
+    frequency=quarters,
+    logit_bias=st.dictionaries(st.integers(0, 2), quarters, max_size=3),
+    position=st.integers(0, 100),
+    temperature=st.sampled_from([0.0, 0.7]),
+)
+def test_penalties_and_biases_are_the_definition_s(
+    values: list[float],
+    generated: list[int],
+    presence: float,
+    frequency: float,
+    logit_bias: dict[int, float],
+    position: int,
+    temperature: float,
+) -> None:
+    adjusted = list(values)
+    for token, bias in logit_bias.items():
+        adjusted[token] += bias
+    for token in set(generated):
+        adjusted[token] -= presence + frequency * generated.count(token)
+    plain = SamplingParams(temperature=temperature, seed=5, top_p=0.9)
+    params = replace(
+        plain, presence_penalty=presence, frequency_penalty=frequency, logit_bias=logit_bias
+    )
+    wanted = sample(np.array(adjusted, dtype=np.float32), plain, position)
+    logits = np.array(values, dtype=np.float32)
+    assert sample(logits, params, position, generated) == wanted
+    assert sample(logits, params, position, generated[::-1]) == wanted
+    assert logits.tolist() == values
+
+
+@RELAXED
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.integers(1, 12),
+    presence=st.floats(0, 2),
+    frequency=st.floats(0, 2),
+)
+def test_penalties_do_not_change_a_greedy_sequence_without_repeats(
+    seed: int, length: int, presence: float, frequency: float
+) -> None:
+    table = np.random.default_rng(seed).normal(size=(length, 200)).astype(np.float32)
+    plain = table.argmax(1).tolist()
+    assume(len(set(plain)) == length)
+    params = SamplingParams(temperature=0, presence_penalty=presence, frequency_penalty=frequency)
+    generated: list[int] = []
+    for position, row in enumerate(table):
+        generated.append(sample(row, params, position, generated))
+    assert generated == plain
+
+
+def test_a_bias_can_force_and_forbid() -> None:
+    params = SamplingParams(seed=1, logit_bias={5: 100, 0: -100, 3: -100})
+    assert {sample(LOGITS, params, position) for position in range(100)} == {5}
+    params = SamplingParams(seed=1, temperature=5, logit_bias={5: -100, 0: -100})
+    drawn = {sample(LOGITS, params, position) for position in range(500)}
+    assert drawn == {1, 2, 3, 4, 6, 7, 9}
 
 
 def test_the_draw_depends_on_seed_and_position_only() -> None:

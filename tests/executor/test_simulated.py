@@ -16,7 +16,12 @@ from headway.core.scheduler import PriorityScheduler
 from headway.core.scheduler_output import SchedulerOutput
 from headway.engine.engine import Engine
 from headway.executor.base import Executor
-from headway.executor.simulated import SimulatedExecutor, VirtualClock, choose_token
+from headway.executor.simulated import (
+    SimulatedExecutor,
+    VirtualClock,
+    choose_token,
+    rate_token,
+)
 
 
 def make_executor(clock: VirtualClock | None = None, **settings: Any) -> SimulatedExecutor:
@@ -90,6 +95,51 @@ class TestTokens:
         request = Request("a", prompt=[5, 6, 7])
         request.block_table = [0]
         assert executor.execute(step_of(request, 3)).sampled_token_ids == [3]
+
+
+class TestRatings:
+    def test_look_like_a_model_s(self) -> None:
+        for token_id in (0, 1, 7, 97, 31_999):
+            for num_top in (0, 1, 5, 20):
+                rated = rate_token(token_id, num_top)
+                assert (rated.token_id, rated.logprob) == (token_id, math.log(0.5))
+                assert len(rated.top) == len({one for one, _ in rated.top}) == num_top
+                assert all(0 <= one <= max(token_id, 20) for one, _ in rated.top)
+                assert rated.top[:1] == ((token_id, rated.logprob),)[:num_top]
+                logprobs = [logprob for _, logprob in rated.top]
+                assert logprobs == sorted(logprobs, reverse=True)
+                assert sum(map(math.exp, logprobs)) < 1
+
+    def test_come_with_the_token_and_with_each_chunk_of_the_prompt(self) -> None:
+        executor = make_executor()
+        params = SamplingParams(logprobs=2, prompt_logprobs=1)
+        request = Request("a", prompt=[5, 6, 7, 8], sampling_params=params)
+        request.block_table = [2]
+        first = executor.execute(step_of(request, 2))
+        assert first.logprobs == {}
+        assert first.prompt_logprobs == {0: (1, [rate_token(6, 1), rate_token(7, 1)])}
+        request.num_computed_tokens = 2
+        second = executor.execute(step_of(request, 2))
+        assert second.prompt_logprobs == {0: (3, [rate_token(8, 1)])}
+        assert second.logprobs == {0: rate_token(choose_token("a", 4), 2)}
+
+    def test_a_failing_choice_is_its_request_s_error(self) -> None:
+        error = InternalError("no")
+
+        def choose(request_id: str, position: int) -> int:
+            if request_id == "bad":
+                raise error
+            return 4
+
+        output = SchedulerOutput()
+        for index, request_id in enumerate(("good", "bad")):
+            request = Request(request_id, prompt=[1, 2])
+            request.block_table = [index]
+            output.requests.append(request)
+            output.num_scheduled_tokens.append(2)
+        result = make_executor(sampler=choose).execute(output)
+        assert result.sampled_token_ids == [4, None]
+        assert result.errors == {1: error}
 
 
 class TestVerify:

@@ -11,6 +11,24 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 
+#: GPT-2's alphabet: the character that stands for each byte in a byte-level vocabulary.
+_HIDDEN = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
+_ALPHABET = [chr(256 + _HIDDEN.index(n)) if n in _HIDDEN else chr(n) for n in range(256)]
+
+#: Of ``add_byte_tokenizer``.
+BYTE_VOCAB_SIZE = 258
+
+
+def add_byte_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """A tokenizer in which every byte is a token of the same number; token 256 ends a text."""
+    pair = _ALPHABET[0] + _ALPHABET[1]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*_ALPHABET, "<|end|>", pair])
+    writer.add_token_types([1] * 256 + [3, 1])
+    writer.add_token_merges([" ".join(pair)])
+    writer.add_eos_token_id(256)
+
 
 @dataclass
 class TinyModel:
@@ -76,8 +94,13 @@ class TinyModel:
     def write(
         self, path: Path, quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
     ) -> Path:
-        """Write the file; matrices in ``quantization`` (and take over its rounding)."""
+        """Write the file; matrices in ``quantization`` (and take over its rounding).
+
+        With a vocabulary of ``BYTE_VOCAB_SIZE`` it has a tokenizer.
+        """
         writer = gguf.GGUFWriter(path, self.architecture)
+        if self.vocab_size == BYTE_VOCAB_SIZE:
+            add_byte_tokenizer(writer)
         writer.add_name(f"tiny {self.architecture}")
         writer.add_block_count(self.num_layers)
         writer.add_embedding_length(self.hidden_size)

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from headway.core.errors import ConfigError
-
 __all__ = ["Coefficients", "CostModel", "StepFeatures", "TimeBudget"]
 
 
@@ -51,45 +49,78 @@ _DIM = range(len(Coefficients._fields))
 
 
 class CostModel:
-    """Recursive least squares with exponential forgetting, O(1) a step.
+    """A Kalman filter on the coefficients, O(1) a step.
 
-    The update is the standard one (Haykin, *Adaptive Filter Theory*, ch. 10): with input x,
-    inverse correlation P and forgetting λ, gain k = Px / (λ + xᵀPx), error e = y − cᵀx,
-    c += k·e, P = (P − k xᵀP) / λ. Inputs are scaled to about 1, so that one initial P fits all,
-    and P's trace is bounded: a load that never varies must not blow it up. A coefficient that
-    noise drives below zero is read as zero.
+    The coefficients are unknowns that wander around a first guess w̄ (an Ornstein-Uhlenbeck prior
+    with covariance Q̄): before each step w = w̄ + a·(w − w̄), P = a²P + (1 − a²)Q̄; then the standard
+    update (Kalman, 1960) with input x, gain k = Px / (r + xᵀPx), w += k·(y − wᵀx), P −= k xᵀP.
+    Q̄ says that the machine as a whole may be slower or faster, and each coefficient a little
+    besides, so a few steps of one kind tell about the others; what a load does not show is
+    remembered, and no load, however monotonous, makes the model wind up. From time to time the
+    guess becomes what has been learnt. Q̄ and the noise r are relative to what is expected.
+
+    A step that took several times what was expected says more about the machine than about the
+    step (a kernel was compiled, another process ran): it counts as twice what was expected. A
+    coefficient that noise drives below zero is read as zero. Inputs are scaled to about 1.
 
     Args:
         coefficients: first guess, in ms (a step; a prefill token; a decoding sequence; a
             context token; a prefill token's context token); those left out are 0.
         swap_ms_per_block: first guess of copying one block one way.
-        forgetting: weight of the past per step, in (0, 1].
-
-    Raises:
-        ConfigError: ``forgetting`` is out of range.
     """
 
     _SCALES = (1.0, 1 / 128, 1 / 16, 1 / 8192, 1 / 65536)
-    _INITIAL_VARIANCE = 1e3
-    _MAX_TRACE = 4e3
+    _DEFAULTS = (5.0, 0.6, 0.8, 0.0005, 0.0002)
+    #: Of the deviation from the guess, what is left after a step.
+    _MEMORY = 0.999
+    #: Standard deviations, relative: of a step's duration, of the speed of the machine, of each
+    #: coefficient besides, and of a guess that nobody has checked.
+    _NOISE, _COMMON, _OWN, _UNCHECKED = 0.15, 0.5, 0.3, 3.0
+    _MAX_SURPRISE = 2.0
+    _CALIBRATION_INTERVAL = 256
 
     def __init__(
         self,
-        coefficients: Sequence[float] = (5.0, 0.6, 0.8, 0.0005, 0.0002),
+        coefficients: Sequence[float] = _DEFAULTS,
         swap_ms_per_block: float = 0.1,
-        forgetting: float = 0.995,
     ) -> None:
-        if not 0 < forgetting <= 1:
-            raise ConfigError(f"forgetting is {forgetting}, must be above 0 and at most 1")
-        self._forgetting = forgetting
-        #: Coefficients of the scaled inputs.
-        self._weights = [c / s for c, s in zip_longest(coefficients, self._SCALES, fillvalue=0.0)]
-        #: Inverse correlation of the scaled inputs, symmetric.
-        self._p = [[self._INITIAL_VARIANCE * (i == j) for j in _DIM] for i in _DIM]
-        #: Steps observed.
-        self.num_observations = 0
         #: Copying one block between the pool and the swap space, one way.
         self.swap_ms_per_block = swap_ms_per_block
+        self._first_guess = [
+            c / s for c, s in zip_longest(coefficients, self._SCALES, fillvalue=0.0)
+        ]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what steps took; what swapping took is kept."""
+        #: Coefficients of the scaled inputs.
+        self._weights = list(self._first_guess)
+        #: What they wander around, and the covariance of that.
+        self._mean = self._weights
+        self._wander = self._prior(self._OWN, self._COMMON)
+        #: Covariance of the weights.
+        self._p = self._prior(self._UNCHECKED, 0.0)
+        #: Steps observed.
+        self.num_observations = 0
+
+    def calibrate(self) -> None:
+        """Take what has been learnt for the guess from now on."""
+        self._mean = [
+            max(w, 0.05 * d / s)
+            for w, d, s in zip(self._weights, self._DEFAULTS, self._SCALES, strict=True)
+        ]
+        self._wander = self._prior(self._OWN, self._COMMON)
+
+    def _prior(self, own: float, common: float) -> list[list[float]]:
+        """The covariance of independent relative deviations and of one that all share."""
+        mean = self._mean
+        spread = [
+            own * max(w, 0.3 * d / s)
+            for w, d, s in zip(mean, self._DEFAULTS, self._SCALES, strict=True)
+        ]
+        return [
+            [spread[i] ** 2 * (i == j) + common**2 * mean[i] * mean[j] for j in _DIM] for i in _DIM
+        ]
 
     @property
     def coefficients(self) -> Coefficients:
@@ -130,19 +161,29 @@ class CostModel:
 
     def observe(self, features: StepFeatures, measured_ms: float) -> None:
         """Learn from a measured step."""
-        lam = self._forgetting
+        a, a2 = self._MEMORY, self._MEMORY**2
         x = [s * f for s, f in zip(self._SCALES, (1, *features), strict=True)]
-        px = [sum(a * b for a, b in zip(row, x, strict=True)) for row in self._p]
-        denominator = lam + sum(a * b for a, b in zip(x, px, strict=True))
-        gain = [v / denominator for v in px]
-        error = measured_ms - sum(w * v for w, v in zip(self._weights, x, strict=True))
-        self._weights = [w + g * error for w, g in zip(self._weights, gain, strict=True)]
-        self._p = [[(self._p[i][j] - gain[i] * px[j]) / lam for j in _DIM] for i in _DIM]
-        trace = sum(self._p[i][i] for i in _DIM)
-        if trace > self._MAX_TRACE:
-            shrink = self._MAX_TRACE / trace
-            self._p = [[v * shrink for v in row] for row in self._p]
+        guess_ms = sum(m * v for m, v in zip(self._mean, x, strict=True))
+        weights = [m + a * (w - m) for w, m in zip(self._weights, self._mean, strict=True)]
+        expected_ms = sum(w * v for w, v in zip(weights, x, strict=True))
+        scale_ms = max(expected_ms, 1.0)
+        pace = (1 - a2) * max(1.0, scale_ms / max(guess_ms, 1.0)) ** 2
+        p = [
+            [a2 * v + pace * q for v, q in zip(row, wander, strict=True)]
+            for row, wander in zip(self._p, self._wander, strict=True)
+        ]
+        px = [sum(u * v for u, v in zip(row, x, strict=True)) for row in p]
+        noise = (self._NOISE * scale_ms) ** 2 + sum(u * v for u, v in zip(x, px, strict=True))
+        error = min(measured_ms, self._MAX_SURPRISE * scale_ms) - expected_ms
+        gain = [v / noise for v in px]
+        self._weights = [w + g * error for w, g in zip(weights, gain, strict=True)]
+        self._p = [
+            [v - g * u for v, u in zip(row, px, strict=True)]
+            for row, g in zip(p, gain, strict=True)
+        ]
         self.num_observations += 1
+        if self.num_observations % self._CALIBRATION_INTERVAL == 0:
+            self.calibrate()
 
     def observe_swap(self, num_blocks: int, measured_ms: float) -> None:
         """Learn from ``num_blocks`` blocks copied in ``measured_ms`` (moving average)."""
@@ -151,14 +192,22 @@ class CostModel:
 
 
 class TimeBudget:
-    """The fourth budget of a step, beside slots, tokens and blocks: its predicted time."""
+    """The fourth budget of a step, beside slots, tokens and blocks: its predicted time.
 
-    __slots__ = ("costs", "limit_ms", "max_ms", "spent_ms")
+    Args:
+        cost_model: predicts.
+        max_ms: what no step may take; infinite = no bound.
+        min_chunk: tokens that the first-ranked request gets, however little time is left. Every
+            step makes progress, and the model sees what a chunk takes: one that has come to think
+            that no step is short enough is soon put right.
+    """
 
-    def __init__(self, cost_model: CostModel, max_ms: float) -> None:
+    __slots__ = ("costs", "limit_ms", "max_ms", "min_chunk", "spent_ms")
+
+    def __init__(self, cost_model: CostModel, max_ms: float, min_chunk: int = 1) -> None:
         self.costs = cost_model.coefficients
         self.spent_ms = self.costs.step
-        #: What no step may take; infinite = no bound.
+        self.min_chunk = min_chunk
         self.max_ms = max_ms
         #: What those in this step allow; at most ``max_ms``.
         self.limit_ms = max_ms
@@ -189,10 +238,7 @@ class TimeBudget:
     def affordable(
         self, count: int, num_context_tokens: int, is_first: bool, limit_ms: float | None = None
     ) -> int:
-        """How many of ``count`` tokens still fit; arguments as of ``allows``.
-
-        The first-ranked request always gets some, so that every step makes progress.
-        """
+        """How many of ``count`` tokens still fit; arguments as of ``allows``."""
         left = (self.limit_ms if limit_ms is None else limit_ms) - self.spent_ms
         price = self.price(count, num_context_tokens)
         if price <= left:
@@ -200,10 +246,10 @@ class TimeBudget:
         if count == 1:
             return int(is_first)
         # By the average price of the whole chunk: a token of a shorter one costs no more.
-        fitting = int(left / price * count)
+        fitting = int(left / price * count) if price else 0
         if fitting < 1 and self.allows(num_context_tokens, limit_ms):
             fitting = 1  # rounding, or that average, must not deny what was granted
-        return max(fitting, int(is_first), 0)
+        return max(fitting, min(count, self.min_chunk) if is_first else 0)
 
     def spend(self, count: int, num_context_tokens: int) -> None:
         """Count ``count`` tokens of one request as spent."""

@@ -241,6 +241,9 @@ class KVCacheManager:
         """
         num_held = len(request.block_table)
         limit = (request.num_tokens - 1) // self.config.block_size
+        if request.sampling_params.prompt_logprobs is not None:
+            # They come from computing the prompt: only what it once computed itself may be found.
+            limit = min(limit, request.peak_computed_tokens // self.config.block_size)
         if not self.config.enable_prefix_caching or limit <= num_held:
             return []
         self._hash_blocks(request, limit)

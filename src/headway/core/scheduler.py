@@ -269,7 +269,7 @@ class PriorityScheduler:
         slots = self.config.max_num_seqs
         budget = self.config.max_num_batched_tokens
         is_timed = self._is_timed
-        time = TimeBudget(self.cost_model, self._step_limit_ms)
+        time = TimeBudget(self.cost_model, self._step_limit_ms, self.config.block_size)
         shares = self._share_time() if self._is_short_of_time else NO_SHARES
         self._is_short_of_time = False
         self._num_timed_steps += is_timed
@@ -530,7 +530,7 @@ class PriorityScheduler:
             min(max_tokens, self._wanted(one, one.num_tokens - one.num_computed_tokens))
             for one in resident
         ]
-        time = TimeBudget(self.cost_model, self._step_limit_ms)
+        time = TimeBudget(self.cost_model, self._step_limit_ms, self.config.block_size)
         for index, request in enumerate(resident):
             if request.slo is not None and request.slo.tpot_ms is not None:
                 time.tighten(request.slo.tpot_ms)

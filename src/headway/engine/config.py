@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from headway.core.config import PreemptionMode, SchedulerConfig
 from headway.core.errors import ConfigError, UnsupportedModel
 from headway.core.policy import SchedulingPolicy
 from headway.core.scheduler import PriorityScheduler
+from headway.core.slo import SLO
 from headway.engine.engine import Engine
 from headway.engine.tokenizer import Tokenizer
 from headway.models.registry import DEFAULT_MODEL, resolve
@@ -38,7 +40,11 @@ class EngineConfig:
         enable_prefix_caching: share the blocks of equal prefixes.
         deterministic: see ``headway.core.config.SchedulerConfig``.
         max_step_ms: no step is predicted to take longer; None = no bound.
-        max_num_queued_reqs: refuse requests when so many are waiting.
+        slos: what classes of requests have been promised.
+        max_num_queued_reqs: requests that may wait for their first step; of more, the least
+            urgent are refused.
+        max_queued_tokens: the same for the tokens of their prompts; None = no limit.
+        queue_timeout: seconds that a request may wait for its first step; None = no limit.
         num_threads: for the computation; None = one per core.
     """
 
@@ -53,15 +59,20 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     deterministic: bool = True
     max_step_ms: float | None = None
+    slos: tuple[SLO, ...] = ()
     max_num_queued_reqs: int = 100_000
+    max_queued_tokens: int | None = None
+    queue_timeout: float | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
         self._scheduler_config(1, 1, 0, self.max_model_len, frozenset())  # refuse before loading
-        if self.max_num_queued_reqs < 1:
-            raise ConfigError(
-                f"max_num_queued_reqs is {self.max_num_queued_reqs}, must be at least 1"
-            )
+        for name in ("max_num_queued_reqs", "max_queued_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, must be at least 1")
+        if self.queue_timeout is not None and not 0 < self.queue_timeout < math.inf:
+            raise ConfigError(f"queue_timeout is {self.queue_timeout} s, must be above 0")
 
     def build(self, progress: Progress | None = None) -> Engine:
         """Fetch, convert and load the model, as far as that has not been done before.
@@ -106,6 +117,8 @@ class EngineConfig:
             PriorityScheduler(config=config),
             tokenizer,
             max_num_queued_reqs=self.max_num_queued_reqs,
+            max_queued_tokens=self.max_queued_tokens,
+            queue_timeout=self.queue_timeout,
         )
 
     def _scheduler_config(
@@ -128,5 +141,6 @@ class EngineConfig:
             enable_prefix_caching=self.enable_prefix_caching,
             deterministic=self.deterministic,
             max_step_ms=self.max_step_ms,
+            slos=self.slos,
             eos_token_ids=eos_token_ids,
         )

@@ -1,11 +1,15 @@
-"""From tokens to text: incremental detokenising, and stop texts."""
+"""From what the executor says of a request to what its reader gets: text, and ratings in order.
+
+Detokenising is incremental; text that may begin a stop text waits until it is settled.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from headway.core.request import Request
 from headway.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from headway.executor.base import PromptLogprobs, TokenLogprobs
 
 __all__ = ["OutputProcessor", "Settled"]
 
@@ -17,24 +21,50 @@ class Settled(NamedTuple):
     stop: str | None = None
 
 
+_NO_TEXT: Final = Settled("")
+
+
 class OutputProcessor:
     """The text of one request. O(length of the new text · stop texts) a token.
 
     Text that may turn out to be the beginning of a stop text is held back until it is settled.
+
+    Args:
+        request: whose it is.
+        tokenizer: None makes no text of tokens.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer)
         self._stop = request.sampling_params.stop
         #: Text not handed out yet: shorter than the longest stop text.
         self._held = ""
+        #: Of the prompt's tokens, as far as they have been computed; None if nobody asks.
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = (
+            None if request.sampling_params.prompt_logprobs is None else [None]
+        )
+
+    def rate_prompt(self, rated: PromptLogprobs) -> None:
+        """Add a stretch of the prompt, which follows those before it."""
+        assert self._prompt_logprobs is not None
+        assert rated.start == len(self._prompt_logprobs)
+        self._prompt_logprobs += rated.tokens
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Those of the whole prompt, which is computed by now; None if taken, or not asked for."""
+        taken, self._prompt_logprobs = self._prompt_logprobs, None
+        return taken
 
     def append(self, token_id: int) -> Settled:
         """Add a generated token."""
+        if self._detokenizer is None:
+            return _NO_TEXT
         return self._settle(self._detokenizer.append(token_id))
 
     def flush(self) -> Settled:
         """The request has ended: whatever was held back is text."""
+        if self._detokenizer is None:
+            return _NO_TEXT
         settled = self._settle(self._detokenizer.flush())
         if settled.stop is None:
             settled = Settled(settled.text + self._held)

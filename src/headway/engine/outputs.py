@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from headway.core.errors import HeadwayError
 from headway.core.request import Request, SamplingParams
+from headway.executor.base import TokenLogprobs
 
 __all__ = ["CompletionOutput", "EngineOutput", "RequestMetrics", "RequestOutput"]
 
@@ -23,6 +24,9 @@ class EngineOutput(NamedTuple):
             the last; else None.
         stop_reason: the stop text or stop token id that ended it, where the request named one.
         error: why it was refused or could not be finished.
+        logprobs: parallel to ``token_ids``, if the request asks for them; else empty.
+        prompt_logprobs: with the first token, if the request asks for them; see
+            ``RequestOutput``.
     """
 
     request: Request
@@ -31,6 +35,8 @@ class EngineOutput(NamedTuple):
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: HeadwayError | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ class CompletionOutput:
         token_ids: so far; end and stop tokens are included, although not part of the text.
         finish_reason: ``stop``, ``length``, ``abort``, ``timeout``; None while it goes on.
         stop_reason: the stop text or token id that ended it, where the request named one.
+        logprobs: parallel to ``token_ids``; None if they were not asked for.
     """
 
     index: int = 0
@@ -74,6 +81,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(slots=True)
@@ -88,7 +96,12 @@ class RequestOutput:
         finished: whether this is the last.
         priority: it was given.
         sampling_params: it was given, with the seed that was drawn.
-        new_text: what the latest step added.
+        prompt_logprobs: of each prompt token, given those before it; None for the first. They
+            come with the first generated token; None if they were not asked for.
+        new_text: what was added since ``begin``.
+        new_token_ids: the same of the tokens; text may be held back after its tokens, and tokens
+            need not add text.
+        new_logprobs: parallel to ``new_token_ids``, if they were asked for.
         metrics: once it is finished.
     """
 
@@ -99,28 +112,44 @@ class RequestOutput:
     finished: bool
     priority: int
     sampling_params: SamplingParams
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     new_text: str = ""
+    new_token_ids: list[int] = field(default_factory=list)
+    new_logprobs: list[TokenLogprobs] = field(default_factory=list)
     metrics: RequestMetrics | None = None
 
     @classmethod
     def of(cls, request: Request) -> RequestOutput:
         """An empty output for a request that has just been submitted."""
+        logprobs = request.sampling_params.logprobs
         return cls(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=[CompletionOutput()],
+            outputs=[CompletionOutput(logprobs=None if logprobs is None else [])],
             finished=False,
             priority=request.priority,
             sampling_params=request.sampling_params,
         )
 
+    def begin(self) -> None:
+        """What was new has been read."""
+        self.new_text = ""
+        self.new_token_ids = []
+        self.new_logprobs = []
+
     def extend(self, output: EngineOutput) -> None:
         """Take in what a step added."""
         completion = self.outputs[0]
         completion.text += output.text
+        self.new_text += output.text
         completion.token_ids.extend(output.token_ids)
-        self.new_text = output.text
+        self.new_token_ids.extend(output.token_ids)
+        if completion.logprobs is not None:
+            completion.logprobs.extend(output.logprobs)
+            self.new_logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         if output.finish_reason is not None:
             completion.finish_reason = output.finish_reason
             completion.stop_reason = output.stop_reason

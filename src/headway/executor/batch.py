@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from headway.core.request import Request
+from headway.executor.base import positions_to_rate
 
-__all__ = ["StepBatch", "build_batch"]
+__all__ = ["StepBatch", "StepResult", "build_batch"]
 
 IntArray = npt.NDArray[np.int32]
 
@@ -29,16 +30,26 @@ class StepBatch(NamedTuple):
     Attributes:
         inputs: the graph's inputs by name (``headway.models.graph`` describes them).
         sampled: indices of the requests that are sampled, in order: row i of the graph's
-            outputs belongs to request ``sampled[i]``; rows beyond are padding.
-        random: of the sampled rows, those that need their logits; row j of the graph's logits
-            belongs to the request ``sampled[random[j]]``.
+            outputs belongs to request ``sampled[i]``; rows beyond are prompts' and padding.
+        with_logits: of the sampled rows, those that need their logits; row j of the graph's
+            logits belongs to the request ``sampled[with_logits[j]]``.
+        rated: whose prompt tokens are rated, and which; their logits, one row a token, follow.
         copies: (source, destination) blocks of the pool to copy before the pass.
     """
 
     inputs: dict[str, IntArray]
     sampled: list[int]
-    random: list[int]
+    with_logits: list[int]
+    rated: list[tuple[int, range]]
     copies: list[tuple[int, int]]
+
+
+class StepResult(NamedTuple):
+    """What the graph says of a batch (``headway.models.graph``); valid until the next pass."""
+
+    tokens: IntArray
+    maxima: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
 
 
 def build_batch(
@@ -71,7 +82,9 @@ def build_batch(
     blocks: list[int] = []
     block_counts: list[int] = []
     sampled: list[int] = []
-    random: list[int] = []
+    with_logits: list[int] = []
+    rated: list[tuple[int, range]] = []
+    rated_rows: list[int] = []
     copies: list[tuple[int, int]] = []
     for index, (request, count) in enumerate(zip(requests, num_scheduled_tokens, strict=True)):
         start = request.num_computed_tokens
@@ -90,12 +103,16 @@ def build_batch(
             lengths[index] = end - start
         tokens += request.token_ids[start:end]
         past_lens.append(start)
+        params = request.sampling_params
+        if params.prompt_logprobs is not None and (asked := positions_to_rate(request, count)):
+            rated.append((index, asked))
+            offset = len(tokens) - end - 1  # from a token to the row before it, which tells of it
+            rated_rows += range(asked.start + offset, asked.stop + offset)
         blocks += table
         block_counts.append(needed)
         if end == len(request.token_ids):
-            params = request.sampling_params
-            if params.temperature > 0.0 and params.top_k != 1:
-                random.append(len(sampled))
+            if params.needs_logits:
+                with_logits.append(len(sampled))
             sampled.append(index)
     for _ in range(min_rows - len(tokens)):
         # A sequence of one token, at the start of its context.
@@ -112,8 +129,12 @@ def build_batch(
     positions += np.repeat(past - begins[:-1], counts)
     last = begins[1:] - 1
     rows = last[sampled]
-    if 0 < len(sampled) < min_rows:
-        rows = np.concatenate([rows, np.repeat(rows[-1:], min_rows - len(sampled))])
+    logit_rows = with_logits
+    if rated_rows:
+        rows = np.concatenate([rows, np.array(rated_rows, dtype=np.int32)])
+        logit_rows = [*with_logits, *range(len(sampled), len(rows))]
+    if 0 < len(rows) < min_rows:
+        rows = np.concatenate([rows, np.repeat(rows[-1:], min_rows - len(rows))])
     return StepBatch(
         inputs={
             "input_ids": np.array(tokens, dtype=np.int32),
@@ -124,9 +145,10 @@ def build_batch(
             "block_indices_begins": np.array([0, *accumulate(block_counts)], dtype=np.int32),
             "max_context_len": np.array((past + counts).max(), dtype=np.int32),
             "sample_rows": rows,
-            "logit_rows": np.array(random, dtype=np.int32),
+            "logit_rows": np.array(logit_rows, dtype=np.int32),
         },
         sampled=sampled,
-        random=random,
+        with_logits=with_logits,
+        rated=rated,
         copies=copies,
     )

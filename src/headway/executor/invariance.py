@@ -1,8 +1,9 @@
 """Does a sequence's result depend on its company? Asked of the machine, not of a table.
 
 The check compares logits bit by bit: one token after a short context, computed beside other
-numbers of sequences and beside a prefill chunk, and a prompt prefilled in different chunks. It
-takes a few seconds, once per machine and model: the answer is kept with the converted weights.
+numbers of sequences and beside a prefill chunk, with the logits of the chunk's own tokens and
+without, and a whole prompt, prefilled in different chunks. It takes a few seconds, once per machine
+and model: the answer is kept with the converted weights.
 """
 
 from __future__ import annotations
@@ -18,22 +19,33 @@ import numpy as np
 import numpy.typing as npt
 
 from headway.core.request import Request, SamplingParams
-from headway.executor.batch import StepBatch
+from headway.executor.batch import StepBatch, StepResult
 
 __all__ = ["Invariance", "check_batch_invariance", "remembered_invariance"]
 
 FloatArray = npt.NDArray[np.float32]
 
 #: To be raised with every change of what is checked.
-_VERSION: Final = 3
+_VERSION: Final = 4
 _NUM_SEQS: Final = 7
 _PROMPT: Final = 40
 #: Sequences in a step. Larger than there are: the same ones several times over, which write the
 #: same bits to the same places.
 _BATCHES: Final = (1, 2, 3, 5, 16, 33, 64)
 _CHUNKS: Final = (39, 32, 13)
-#: (sequences, tokens of the prefill chunk beside them).
-_BESIDE: Final = ((1, 1), (1, 70), (2, 150), (40, 30))
+#: (sequences, tokens of the prefill chunk beside them, whether their logits are wanted, too).
+_BESIDE: Final = (
+    (1, 1, False),
+    (1, 70, False),
+    (2, 150, False),
+    (40, 30, False),
+    (1, 2, True),
+    (3, 70, True),
+    (40, 150, True),
+)
+
+_PLAIN: Final = SamplingParams(temperature=1.0, seed=0)
+_RATED: Final = SamplingParams(temperature=1.0, seed=0, prompt_logprobs=0)
 
 
 class Invariance(NamedTuple):
@@ -84,9 +96,7 @@ class _Runner(Protocol):
 
     def batch(self, requests: Sequence[Request], num_tokens: Sequence[int]) -> StepBatch: ...
 
-    def forward(
-        self, batch: StepBatch
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]: ...
+    def forward(self, batch: StepBatch) -> StepResult: ...
 
 
 def remembered_invariance(runner: _Runner, directory: Path, facts: str) -> Invariance:
@@ -115,8 +125,8 @@ def check_batch_invariance(runner: _Runner) -> Invariance:
     orders = [cycle[:size] for size in _BATCHES]
     batch = all(np.array_equal(check.decode(order), alone[order]) for order in orders)
     beside = all(
-        np.array_equal(check.decode(cycle[:size], chunk), alone[cycle[:size]])
-        for size, chunk in _BESIDE
+        np.array_equal(check.decode(cycle[:size], chunk, is_rated), alone[cycle[:size]])
+        for size, chunk, is_rated in _BESIDE
     )
     whole = check.chunked(_PROMPT)
     chunks = all(np.array_equal(check.chunked(size), whole) for size in _CHUNKS)
@@ -127,28 +137,26 @@ class _Check:
     def __init__(self, runner: _Runner) -> None:
         self._runner = runner
         random = np.random.default_rng(0)
-        neighbour_length = max(chunk for _, chunk in _BESIDE) + 1
+        neighbour_length = max(chunk for _, chunk, _ in _BESIDE) + 1
         per_seq = -(-max(_PROMPT + 1, neighbour_length) // runner.block_size)
         self.fits = (
             runner.num_blocks >= per_seq * (_NUM_SEQS + 1)
             and runner.max_model_len >= neighbour_length
         )
-        params = SamplingParams(temperature=1.0, seed=0)
         self._requests = []
         for index in range(_NUM_SEQS + 1):
             length = neighbour_length if index == _NUM_SEQS else _PROMPT - 3 * index
             tokens = random.integers(0, runner.vocab_size, length + 1).tolist()
-            request = Request(f"check-{index}", prompt=tokens[:-1], sampling_params=params)
+            request = Request(f"check-{index}", prompt=tokens[:-1], sampling_params=_PLAIN)
             request.block_table = list(range(index * per_seq, (index + 1) * per_seq))
             # One token more than the prompt: the first generated one.
             request.token_ids.append(tokens[-1])
             self._requests.append(request)
 
     def _run(self, requests: Sequence[Request], counts: Sequence[int]) -> FloatArray:
-        """The logits of the requests that reach their last token."""
+        """The logits of the requests that reach their last token, then those of rated ones."""
         batch = self._runner.batch(requests, counts)
-        _, logits = self._runner.forward(batch)
-        return np.array(logits)
+        return np.array(self._runner.forward(batch).logits)
 
     def prefill(self) -> None:
         requests = self._requests[:-1]
@@ -156,21 +164,24 @@ class _Check:
         for request in requests:
             request.num_computed_tokens = request.num_prompt_tokens
 
-    def decode(self, order: Iterable[int], chunk: int = 0) -> FloatArray:
+    def decode(self, order: Iterable[int], chunk: int = 0, is_rated: bool = False) -> FloatArray:
         """The logits after one more token of these sequences, beside so many prompt tokens."""
         requests = [self._requests[index] for index in order]
         counts = [1] * len(requests)
         if chunk:
-            requests.append(self._requests[-1])
-            counts.append(chunk)
+            neighbour = self._requests[-1]
+            neighbour.sampling_params = _RATED if is_rated else _PLAIN
+            return self._run([*requests, neighbour], [*counts, chunk])[: len(requests)]
         return self._run(requests, counts)
 
     def chunked(self, size: int) -> FloatArray:
-        """The logits of the token after a prompt that was prefilled in chunks of ``size``."""
+        """The logits of a prompt, prefilled in chunks of ``size``, and of the token after it."""
         request = self._requests[0]
+        request.sampling_params = _RATED
         request.num_computed_tokens = 0
+        rows = []
         while request.num_computed_tokens < request.num_prompt_tokens:
             count = min(size, request.num_prompt_tokens - request.num_computed_tokens)
-            self._run([request], [count])
+            rows.append(self._run([request], [count]))
             request.num_computed_tokens += count
-        return self._run([request], [1])
+        return np.concatenate([*rows, self._run([request], [1])])

@@ -22,16 +22,15 @@ from time import perf_counter
 from typing import Any, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 import openvino as ov
 
 from headway.core.errors import ConfigError, InternalError
 from headway.core.request import Request
 from headway.core.scheduler_output import SchedulerOutput
 from headway.executor.base import ModelRunnerOutput
-from headway.executor.batch import StepBatch, build_batch
+from headway.executor.batch import StepBatch, StepResult, build_batch
 from headway.executor.invariance import Invariance, remembered_invariance
-from headway.executor.sampler import Sampler
+from headway.executor.readout import Readout
 from headway.executor.swap import BlockStore
 from headway.models.conversion import ConvertedWeights, Progress, WeightFormat, load_converted
 from headway.models.gguf import ModelConfig
@@ -193,7 +192,7 @@ class OpenVINOExecutor:
         for (name, port), shape, rows in zip(caches, shapes, self._store.pool, strict=True):
             tensor = ov.Tensor(rows, ov.Shape([total_blocks, *shape]), port.get_element_type())
             self._request.set_tensor(name, tensor)
-        self._sampler = Sampler(self.model_config.vocab_size)
+        self._readout = Readout(self.model_config.vocab_size)
         self._closed = False
         report("check", 0.0)
         machine = f"{GRAPH_VERSION} {self.precision} {self._num_threads} {_processor()}"
@@ -216,20 +215,10 @@ class OpenVINOExecutor:
         started = perf_counter()
         self._store.swap_in(output.swap_in)
         swap_ms = (swap_seconds + perf_counter() - started) * 1e3
-        sampled: list[int | None] = [None] * len(output.requests)
         if not output.requests:
-            return ModelRunnerOutput(sampled, swap_ms)
+            return ModelRunnerOutput([], swap_ms)
         batch = self.batch(output.requests, output.num_scheduled_tokens)
-        tokens, logits = self.forward(batch)
-        for index, token in zip(batch.sampled, tokens.tolist(), strict=False):
-            sampled[index] = token
-        for row, logit_row in zip(batch.random, logits, strict=True):
-            index = batch.sampled[row]
-            request = output.requests[index]
-            sampled[index] = self._sampler.sample(
-                logit_row, request.sampling_params, request.num_tokens
-            )
-        return ModelRunnerOutput(sampled, swap_ms)
+        return self._readout.read(output.requests, batch, self.forward(batch), swap_ms)
 
     def batch(self, requests: Sequence[Request], num_tokens: Sequence[int]) -> StepBatch:
         """The arrays of a step that computes the next ``num_tokens`` tokens of each request."""
@@ -242,10 +231,8 @@ class OpenVINOExecutor:
             min_chunk=self.precision.min_chunk,
         )
 
-    def forward(self, batch: StepBatch) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """One inference: the likeliest token of each sampled row, and the logits asked for.
-
-        The arrays are the graph's own: valid until the next call.
+    def forward(self, batch: StepBatch) -> StepResult:
+        """One inference; the arrays are the graph's own.
 
         Raises:
             InternalError: the inference failed.
@@ -255,7 +242,7 @@ class OpenVINOExecutor:
             self._request.infer(batch.inputs, share_inputs=True)
         except RuntimeError as error:
             raise InternalError(f"OpenVINO inference failed: {_last_line(error)}") from error
-        return self._request.get_tensor("tokens").data, self._request.get_tensor("logits").data
+        return StepResult(*(self._request.get_tensor(name).data for name in StepResult._fields))
 
     @property
     def vocab_size(self) -> int:

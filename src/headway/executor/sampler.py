@@ -9,11 +9,13 @@ one that ran alone, and nothing has to be saved when it yields.
 
 The order of the steps is vLLM's: temperature, then top-k, then top-p. One thing is stricter: of
 tokens with equal logits at the edge of the top k, those with the smaller ids stay, so that exactly
-k do, and ``top_k=1`` is the greedy choice. Greedy ties, too, go to the smaller id.
+k do, and ``top_k=1`` is the greedy choice. Greedy ties, too, go to the smaller id. Before all that,
+biases are added to the logits and penalties taken off them, also where the choice is greedy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -22,7 +24,7 @@ import numpy.typing as npt
 from headway.core.errors import InternalError
 from headway.core.request import SamplingParams
 
-__all__ = ["Sampler", "sample", "uniform"]
+__all__ = ["Sampler", "likeliest", "sample", "uniform"]
 
 # Below it, division would overflow for logits that differ at all; vLLM's limit for "greedy".
 _GREEDY_TEMPERATURE: Final = 1e-5
@@ -56,7 +58,11 @@ class Sampler:
         self._buckets = np.empty(vocab_size, dtype=np.intp)
 
     def sample(
-        self, logits: npt.NDArray[np.floating], params: SamplingParams, position: int
+        self,
+        logits: npt.NDArray[np.floating],
+        params: SamplingParams,
+        position: int,
+        generated: Sequence[int] = (),
     ) -> int:
         """Choose a token id. O(vocabulary): nothing of the size of the vocabulary is sorted.
 
@@ -65,6 +71,7 @@ class Sampler:
             params: its ``seed`` must be set unless the choice is greedy.
             position: the index in the sequence of the token to be chosen, which makes its random
                 number different from that of every other token of the request.
+            generated: the tokens of the output so far, which penalties are for.
 
         Raises:
             InternalError: the logits are not such a row, none of them is finite, one is NaN or
@@ -73,17 +80,17 @@ class Sampler:
         row = np.asarray(logits, dtype=np.float32)
         if row.shape != self._distance.shape:
             raise InternalError(f"logits of shape {row.shape}, wanted {self._distance.shape}")
-        best = int(row.argmax())
-        # NaN is the argmax wherever it stands, so this one look finds it.
-        if not np.isfinite(row[best]):
-            raise InternalError(f"the largest of {row.size} logits is {row[best]}")
+        best = likeliest(row)
+        if params.logit_bias or params.presence_penalty or params.frequency_penalty:
+            row = self._adjusted(row, params, generated)
+            best = int(row.argmax())
         if params.temperature < _GREEDY_TEMPERATURE or params.top_k == 1:
             return best
         if params.seed is None:
             raise InternalError("a request that samples has no seed")
 
         # Everything below works on how far a logit lies under the largest one: never negative, so
-        # its bits are ordered like its value.
+        # its bits are ordered like its value. An adjusted row is in ``_distance`` already.
         # A difference too large for a float32 becomes infinite: a token of no weight, as it is.
         with np.errstate(over="ignore"):
             distance = np.subtract(row[best], row, out=self._distance)
@@ -99,6 +106,19 @@ class Sampler:
             weights *= self._nucleus(distance, weights, params.top_p)
         index = _draw(weights, uniform(params.seed, position))
         return index if chosen is None else int(chosen[index])
+
+    def _adjusted(
+        self, row: npt.NDArray[np.float32], params: SamplingParams, generated: Sequence[int]
+    ) -> npt.NDArray[np.float32]:
+        """The logits with biases and penalties. O(vocabulary + generated·log generated)."""
+        adjusted = self._distance
+        adjusted[:] = row
+        if params.logit_bias:
+            adjusted[list(params.logit_bias)] += list(params.logit_bias.values())
+        if generated and (params.presence_penalty or params.frequency_penalty):
+            token_ids, counts = np.unique(np.array(generated), return_counts=True)
+            adjusted[token_ids] -= params.presence_penalty + params.frequency_penalty * counts
+        return adjusted
 
     def _nearest(self, distance: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
         """The indices of the ``count`` smallest distances, ascending; ties: the smaller index."""
@@ -136,9 +156,27 @@ class Sampler:
         return keep
 
 
-def sample(logits: npt.NDArray[np.floating], params: SamplingParams, position: int) -> int:
+def likeliest(row: npt.NDArray[np.float32]) -> int:
+    """The token with the largest logit; of several, the smallest id.
+
+    Raises:
+        InternalError: none is finite, or one is NaN or infinitely large.
+    """
+    best = int(row.argmax())
+    # NaN is the argmax wherever it stands, so this one look finds it.
+    if not np.isfinite(row[best]):
+        raise InternalError(f"the largest of {row.size} logits is {row[best]}")
+    return best
+
+
+def sample(
+    logits: npt.NDArray[np.floating],
+    params: SamplingParams,
+    position: int,
+    generated: Sequence[int] = (),
+) -> int:
     """Choose a token id from one row; :meth:`Sampler.sample` without a sampler to keep."""
-    return Sampler(np.asarray(logits).size).sample(logits, params, position)
+    return Sampler(np.asarray(logits).size).sample(logits, params, position, generated)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -19,15 +19,28 @@ from headway.core.cost_model import CostModel
 from headway.core.errors import ConfigError, InternalError
 from headway.core.request import Request
 from headway.core.scheduler_output import SchedulerOutput
-from headway.executor.base import ModelRunnerOutput
+from headway.executor.base import (
+    ModelRunnerOutput,
+    PromptLogprobs,
+    TokenLogprobs,
+    positions_to_rate,
+)
 
-__all__ = ["SMALL_CPU_COST", "SimulatedExecutor", "TokenChoice", "VirtualClock", "choose_token"]
+__all__ = [
+    "SMALL_CPU_COST",
+    "SimulatedExecutor",
+    "TokenChoice",
+    "VirtualClock",
+    "choose_token",
+    "rate_token",
+]
 
 #: ms a step, a prefill token, a decoding sequence and a context token: about what SmolLM2-135M
 #: takes on two cores with bf16 (9 ms a decode step alone, 12 ms for 8 sequences, 42 ms for 64).
 SMALL_CPU_COST: Final = (8.0, 0.4, 0.4, 0.001)
 
-#: A request's id and the position of its next token → that token.
+#: A request's id and the position of its next token → that token. An ``InternalError``
+#: that it raises ends that request.
 TokenChoice = Callable[[str, int], int]
 
 _VOCAB_SIZE: Final = 32_000
@@ -70,12 +83,28 @@ def choose_token(request_id: str, position: int) -> int:
     return 1 + crc32(f"{request_id}@{position}".encode()) % (_VOCAB_SIZE - 1)
 
 
+def rate_token(token_id: int, num_top: int) -> TokenLogprobs:
+    """Log-probabilities that look like a model's: the token's is ½, and each next one's half of it.
+
+    The alternatives are the neighbouring ids, the smaller ones as far as there are any: tokens of
+    every vocabulary that has ``token_id`` and more than 20 tokens.
+    """
+    window = range(max(0, token_id + 1 - num_top), max(token_id + 1, num_top))
+    ranked = sorted(window, key=lambda one: (one != token_id, -one))[:num_top]
+    return TokenLogprobs(
+        token_id,
+        math.log(0.5),
+        tuple((one, math.log(0.5) * rank) for rank, one in enumerate(ranked, start=1)),
+    )
+
+
 class SimulatedExecutor:
     """Takes the time of a step, and makes up its tokens.
 
     A step takes ``c0 + c1·prefill_tokens + c2·decode_seqs + c3·context_tokens`` ms (see
     ``CostModel``), and for each block copied to or from the swap space ``swap_ms_per_block`` more.
-    Copies within the pool are free. Steps without requests only pay for swapping.
+    Copies within the pool are free. Steps without requests only pay for swapping. Parameters do not
+    change what is chosen; log-probabilities are those of ``rate_token``.
 
     Args:
         clock: advanced by ``execute``.
@@ -147,15 +176,30 @@ class SimulatedExecutor:
         compute_ms = self._cost.predict_ms(output.features) if output.requests else 0.0
         self.clock.advance((compute_ms + swap_ms) / 1e3)
         self.num_steps += 1
-        return ModelRunnerOutput(
-            [
-                self._sampler(request.request_id, request.num_tokens)
-                if request.num_computed_tokens + count == request.num_tokens
-                else None
-                for request, count in zip(output, output.num_scheduled_tokens, strict=True)
-            ],
-            swap_ms,
-        )
+        sampled: list[int | None] = [None] * len(output)
+        logprobs: dict[int, TokenLogprobs] = {}
+        prompt_logprobs: dict[int, PromptLogprobs] = {}
+        errors: dict[int, InternalError] = {}
+        for index, (request, count) in enumerate(
+            zip(output.requests, output.num_scheduled_tokens, strict=True)
+        ):
+            params = request.sampling_params
+            if request.num_computed_tokens + count == request.num_tokens:
+                try:
+                    token_id = self._sampler(request.request_id, request.num_tokens)
+                except InternalError as error:
+                    errors[index] = error
+                    continue
+                sampled[index] = token_id
+                if params.logprobs is not None:
+                    logprobs[index] = rate_token(token_id, params.logprobs)
+            num_top = params.prompt_logprobs
+            if num_top is not None and (positions := positions_to_rate(request, count)):
+                prompt_logprobs[index] = PromptLogprobs(
+                    positions.start,
+                    [rate_token(request.token_ids[one], num_top) for one in positions],
+                )
+        return ModelRunnerOutput(sampled, swap_ms, logprobs, prompt_logprobs, errors)
 
     def close(self) -> None:
         """Refuse further steps."""

@@ -13,17 +13,19 @@ Inputs, all int32 (T tokens, S sequences, R sampled rows, B blocks)::
     block_indices            [B]     the block tables, laid end to end
     block_indices_begins     [S+1]   prefix sums of their lengths
     max_context_len          []      the longest past + new
-    sample_rows              [R]     the tokens to continue, as indices into T
+    sample_rows              [R]     those whose next token is asked for, as indices into T
     logit_rows               [L]     those whose logits are wanted, as indices into R
     key_cache.i, value_cache.i       [blocks, kv_heads, …]: one pair a layer, written in place
 
 Outputs::
 
     tokens  [R]     int32, the likeliest next token of each sampled row
+    maxima  [R]     float32, its logit; NaN where all logits of the row are
     logits  [L, V]  float32
 
 Logits cost more to hand over than the layers to compute, so the rows are gathered before the LM
-head, the greedy choice is made in the graph, and ``logit_rows`` is empty unless somebody samples.
+head, the greedy choice is made in the graph, and ``logit_rows`` is empty unless somebody samples
+or wants to know probabilities.
 
 Cosines and sines are tables of constants, gathered by position. Computing ``position × frequency``
 in the graph rounds positions above 256 under bf16 arithmetic: the output still reads well, and is
@@ -62,7 +64,7 @@ INPUT_NAMES: Final = (
 CACHE_NAMES: Final = ("key_cache.{}", "value_cache.{}")
 
 #: To be raised with every change that may lead the plug-in to other kernels.
-GRAPH_VERSION: Final = 2
+GRAPH_VERSION: Final = 3
 
 _ZERO_POINT: Final = 128
 
@@ -111,12 +113,17 @@ class _Builder:
         head = "lm_head" if "lm_head" in self._weights else "embedding"
         logits = self._linear(hidden, head)
         top = op.topk(logits, op.constant(np.int32(1)), -1, "max", "none", index_element_type="i32")
-        tokens = _reshape(top.output(1), [-1])
-        chosen = op.gather(logits, parameters["logit_rows"], self._axis0)
-        tokens.output(0).get_tensor().set_names({"tokens"})
-        chosen.output(0).get_tensor().set_names({"logits"})
+        outputs = {
+            "tokens": _reshape(top.output(1), [-1]),
+            "maxima": _reshape(top.output(0), [-1]),
+            "logits": op.gather(logits, parameters["logit_rows"], self._axis0),
+        }
+        for name, node in outputs.items():
+            node.output(0).get_tensor().set_names({name})
         return ov.Model(
-            [tokens.output(0), chosen.output(0)], [*parameters.values(), *caches], "headway"
+            [node.output(0) for node in outputs.values()],
+            [*parameters.values(), *caches],
+            "headway",
         )
 
     def _layer(self, layer: int, hidden: Any, cosines: Any, sines: Any, caches: list[Any]) -> Any:
