@@ -170,7 +170,7 @@ def test_models_are_listed() -> None:
     ],
 )
 def test_sizes(text: str, expected: int) -> None:
-    from headway.cli import parse_bytes  # noqa: PLC0415
+    from headway.console import parse_bytes  # noqa: PLC0415
 
     assert parse_bytes(text) == expected
 
@@ -179,7 +179,7 @@ def test_sizes(text: str, expected: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     import typer  # noqa: PLC0415
 
-    from headway.cli import parse_bytes  # noqa: PLC0415
+    from headway.console import parse_bytes  # noqa: PLC0415
 
     with pytest.raises(typer.BadParameter, match="512M"):
         parse_bytes(text)

@@ -1,4 +1,4 @@
-"""The command line: ``headway generate``, ``headway demo``, ``headway models``.
+"""The command line: ``headway generate``, ``headway serve``, ``headway demo``, ``headway models``.
 
 Results go to standard output, everything else to standard error, so output can be piped. Exit
 status: 0 done, 2 refused (one line says why), 130 interrupted. A traceback means a bug.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,19 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from headway import __version__
+from headway import __version__, console
 from headway.core.config import PreemptionMode
 from headway.core.errors import HeadwayError, InvalidRequest
-from headway.core.policy import POLICIES
 from headway.core.request import SamplingParams, check_priority
 from headway.models.registry import DEFAULT_MODEL, list_models
+from headway.server.command import EPILOG, serve
 
 if TYPE_CHECKING:
-    from headway.engine.config import Progress
     from headway.engine.llm import LLM
     from headway.engine.outputs import RequestOutput
 
-__all__ = ["app", "main", "parse_bytes"]
+__all__ = ["app", "main"]
 
 
 class _Commands(TyperGroup):
@@ -63,9 +61,7 @@ app = typer.Typer(
         "Headway runs language models on your computer, and the urgent request goes "
         "next: it overtakes batch work at once, and nothing is lost."
     ),
-    epilog=(
-        "\b\nTry:\n  headway demo\n  headway generate 'Why is the sky blue?'\n  headway models"
-    ),
+    epilog=("\b\nTry:\n  headway demo\n  headway generate 'Why is the sky blue?'\n  headway serve"),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -82,56 +78,10 @@ def main() -> None:
     app(prog_name="headway")
 
 
-_UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-def parse_bytes(text: str) -> int:
-    """``512M``, ``2GiB``, ``1.5G`` → bytes. K, Ki, KiB are 1024; KB is 1000.
-
-    Raises:
-        typer.BadParameter: it is no number with one of these units.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B?)", text.strip().upper())
-    if match is None or (not match[2] and match[3] not in ("", "B")):
-        raise typer.BadParameter(f"{text!r} is not a size such as 512M, 2GiB or 1000000")
-    if not match[2]:
-        return int(float(match[1]))
-    return int(float(match[1]) * (1000 if match[3] == "B" else 1024) ** _UNITS[match[2]])
-
-
 _Model = Annotated[
     str, typer.Option("--model", "-m", help="A known model (headway models) or a .gguf file.")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
-_ENGINE = "Engine settings"
-_Size = Annotated[
-    int | None,
-    typer.Option(
-        parser=parse_bytes,
-        metavar="SIZE",
-        show_default="a quarter of the free memory",
-        help="Memory for keys and values, such as 512M or 2GiB.",
-        rich_help_panel=_ENGINE,
-    ),
-]
-_SwapSize = Annotated[
-    int | None,
-    typer.Option(
-        parser=parse_bytes,
-        metavar="SIZE",
-        show_default="1GiB, if there is room",
-        help="Memory for what has to leave the KV cache; 0 for none.",
-        rich_help_panel=_ENGINE,
-    ),
-]
-_Mode = Annotated[
-    str,
-    typer.Option(
-        metavar=f"[{'|'.join(mode.value for mode in PreemptionMode)}]",
-        help="How memory is taken from less urgent requests.",
-        rich_help_panel=_ENGINE,
-    ),
-]
 
 
 def _show_version(wanted: bool) -> None:
@@ -150,7 +100,10 @@ def _options(
     pass
 
 
-@app.command(epilog="Example:  headway generate --max-tokens 64 'Why is the sky blue?'")
+@app.command(
+    cls=console.TopicCommand,
+    epilog="Example:  headway generate --max-tokens 64 'Why is the sky blue?'",
+)
 def generate(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="The text to answer; - reads standard input.")
@@ -185,30 +138,14 @@ def generate(
     ] = None,
     priority: Annotated[int, typer.Option(help="Smaller is served first.")] = 0,
     as_json: _Json = False,
-    scheduling_policy: Annotated[
-        str,
-        typer.Option(
-            metavar=f"[{'|'.join(POLICIES)}]", help="Who goes next.", rich_help_panel=_ENGINE
-        ),
-    ] = "priority",
-    preemption_mode: _Mode = PreemptionMode.AUTO.value,
-    max_num_seqs: Annotated[
-        int, typer.Option(help="Requests in a step, at most.", rich_help_panel=_ENGINE)
-    ] = 64,
-    max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Tokens in a step, at most.", rich_help_panel=_ENGINE)
-    ] = 256,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest context in tokens.", show_default="the model's", rich_help_panel=_ENGINE
-        ),
-    ] = None,
-    kv_cache_bytes: _Size = None,
-    swap_space_bytes: _SwapSize = None,
-    enable_prefix_caching: Annotated[
-        bool, typer.Option(help="Compute equal beginnings once.", rich_help_panel=_ENGINE)
-    ] = True,
+    scheduling_policy: console.SchedulingPolicyName = "priority",
+    preemption_mode: console.PreemptionModeName = PreemptionMode.AUTO.value,
+    max_num_seqs: console.MaxNumSeqs = 64,
+    max_num_batched_tokens: console.MaxNumBatchedTokens = 256,
+    max_model_len: console.MaxModelLen = None,
+    kv_cache_bytes: console.KVCacheBytes = None,
+    swap_space_bytes: console.SwapSpaceBytes = None,
+    enable_prefix_caching: console.PrefixCaching = True,
 ) -> None:
     """Answer one PROMPT; the text appears as it is generated."""
     # All that can be refused without a model is refused before one is loaded.
@@ -231,6 +168,9 @@ def generate(
         _generate(llm, text, params, chat, system, priority, as_json)
 
 
+app.command(cls=console.TopicCommand, epilog=EPILOG)(serve)
+
+
 @app.command(epilog="Example:  headway demo --output picture.png")
 def demo(
     model: _Model = DEFAULT_MODEL,
@@ -241,7 +181,7 @@ def demo(
         float, typer.Option(min=3, max=600, help="How long each of the two runs should take.")
     ] = 28.0,
     seed: Annotated[int, typer.Option(help="Of the lengths and arrival times.")] = 0,
-    preemption_mode: _Mode = PreemptionMode.AUTO.value,
+    preemption_mode: console.PreemptionModeName = PreemptionMode.AUTO.value,
     as_json: _Json = False,
 ) -> None:
     """Watch urgent requests overtake batch work (about a minute).
@@ -287,9 +227,9 @@ def models(as_json: _Json = False) -> None:
         table.add_row(
             spec.name, spec.description, f"{spec.size / 1e6:.0f} MB", spec.license, cached
         )
-    console = Console()
-    console.print(table)
-    console.print("Any other model: --model path/to/file.gguf (llama, qwen2, qwen3)")
+    terminal = Console()
+    terminal.print(table)
+    terminal.print("Any other model: --model path/to/file.gguf (llama, qwen2, qwen3)")
 
 
 def _read_prompt(prompt: str) -> str:
@@ -308,7 +248,7 @@ def _read_prompt(prompt: str) -> str:
 @contextmanager
 def _loaded(**settings: Any) -> Iterator[LLM]:
     """A model, ready; the stages of getting there are shown on a terminal."""
-    with _startup_bar() as progress:
+    with console.startup_bar() as progress:
         from headway.engine.llm import LLM  # noqa: PLC0415
 
         llm = LLM(progress=progress, **settings)
@@ -316,40 +256,6 @@ def _loaded(**settings: Any) -> Iterator[LLM]:
         yield llm
     finally:
         llm.close()
-
-
-_STAGES = {
-    "download": "downloading the model",
-    "extract": "unpacking the model",
-    "checksum": "verifying the file",
-    "convert": "converting the weights",
-    "compile": "compiling",
-    "check": "checking the arithmetic",
-}
-
-
-@contextmanager
-def _startup_bar() -> Iterator[Progress]:
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-    from rich.progress import Progress as Bar  # noqa: PLC0415
-
-    console = Console(stderr=True)
-    bar = Bar(
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("starting", total=1.0)
-
-        def progress(stage: str, fraction: float) -> None:
-            bar.update(task, description=_STAGES.get(stage, stage), completed=fraction)
-
-        yield progress
 
 
 def _generate(

@@ -1,0 +1,69 @@
+"""How urgent a request is: what it says itself, and what it may say."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from fastapi import Request
+
+from headway.core.request import MAX_PRIORITY, MIN_PRIORITY
+from headway.server.auth import Tenant
+from headway.server.config import ServerConfig
+from headway.server.errors import ApiError
+from headway.server.protocol import GenerationRequest
+
+__all__ = ["PRIORITY_HEADERS", "priority_of"]
+
+#: The first of them that a request has counts, and precedes the body.
+PRIORITY_HEADERS: Final = ("X-Headway-Priority", "X-Vllm-Priority")
+
+#: OpenAI's service tiers that leave the priority to the server.
+_UNSPECIFIC_TIERS: Final = ("auto", "default")
+
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,19}")
+
+
+def priority_of(
+    request: Request, body: GenerationRequest, tenant: Tenant, config: ServerConfig
+) -> int:
+    """Header, else body, else service tier, else the tenant's default.
+
+    Raises:
+        ApiError: 400, the header is no int64 or there is no such tier; 403, the tenant may not ask
+            for it.
+    """
+    priority = _from_headers(request)
+    if priority is None:
+        priority = body.priority
+    if priority is None:
+        tier = _UNSPECIFIC_TIERS[0] if body.service_tier is None else body.service_tier
+        priority = _from_tier(tier, config)
+        if tier in _UNSPECIFIC_TIERS:
+            return tenant.default_priority(priority)
+    tenant.check_priority(priority)
+    return priority
+
+
+def _from_headers(request: Request) -> int | None:
+    for name in PRIORITY_HEADERS:
+        text = request.headers.get(name)
+        if text is None:
+            continue
+        if not _INTEGER.fullmatch(text) or not MIN_PRIORITY <= int(text) <= MAX_PRIORITY:
+            raise ApiError(
+                400,
+                f"{name} is {text!r}, must be an int64 ({MIN_PRIORITY} … {MAX_PRIORITY})",
+                param=name,
+            )
+        return int(text)
+    return None
+
+
+def _from_tier(tier: str, config: ServerConfig) -> int:
+    if tier not in config.service_tiers:
+        known = ", ".join(config.service_tiers)
+        raise ApiError(
+            400, f"service_tier is {tier!r}, must be one of {known}", param="service_tier"
+        )
+    return config.service_tiers[tier]
