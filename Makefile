@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench experiments clean
+.PHONY: help run test check bench bench-server experiments clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/run ## install, fetch the model, and watch urgent requests overtake batch work
 	$(BIN)/headway demo
@@ -28,6 +28,11 @@ bench: $(VENV)/accuracy ## measure: scheduler, throughput, start-up, preemption,
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/preemption.py
 	$(BIN)/python benchmarks/accuracy.py
+
+bench-server: $(VENV)/dev ## measure the server: urgent requests under load, many streams
+	$(BIN)/python benchmarks/urgent_under_load.py
+	$(BIN)/python benchmarks/many_streams.py
+	$(BIN)/python benchmarks/engine_placement.py
 
 experiments: $(VENV)/run ## run the experiments on the real model and simulated
 	$(BIN)/python experiments/exp002_scheduler_policy.py --simulated

@@ -1,0 +1,315 @@
+"""How long an urgent request waits behind background streams, on any OpenAI-compatible server.
+
+Background: streams in a closed loop, 200 words in, 256 tokens out, priority 10. Urgent requests:
+64 words in, 16 tokens out, priority 0, as a Poisson process. First the urgent request alone on the
+idle server; then, with the background: warm-up, half of the time without urgent requests, the
+urgent window, the other half. Every prompt is different. Each server is started, measured and
+stopped before the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import machine
+import psutil
+import uvloop
+from openai_load import (
+    Background,
+    Client,
+    Connection,
+    Prompts,
+    Server,
+    allow_open_files,
+    cpu_seconds,
+    serve,
+    window,
+)
+from rich.console import Console
+from rich.table import Table
+
+from headway.engine.metrics import percentile
+
+URGENT_WORDS, URGENT_TOKENS, URGENT_PRIORITY = 64, 16, 0
+BACKGROUND_WORDS, BACKGROUND_TOKENS, BACKGROUND_PRIORITY = 200, 256, 10
+IDLE_REQUESTS = 20
+#: Of a minute's 29 arrivals five follow another within half a second; 30 and 6.6 are expected.
+SEED = 3
+
+_COMMAND = "headway serve --port {port}"
+_SLO = "--slo 0:ttft=100ms,tpot=30ms"
+#: What is measured if nothing else is named.
+SERVERS = {
+    "default": _COMMAND,
+    "16 slots": f"{_COMMAND} --max-num-seqs 16",
+    "slo": f"{_COMMAND} {_SLO}",
+    "16 slots, slo": f"{_COMMAND} --max-num-seqs 16 {_SLO}",
+}
+
+#: figure → at most (<) or at least (>) this; seconds, ratios, tokens a second.
+_IDLE = {"idle ttft p50": ("<", 0.045), "idle end-to-end p50": ("<", 0.200)}
+_SLO_TARGETS = _IDLE | {
+    "urgent ttft p99 / idle": ("<", 2.5),
+    "urgent end-to-end p99 / idle": ("<", 2.0),
+    "background kept": (">", 0.85),
+}
+TARGETS: dict[str, dict[str, tuple[str, float]]] = {
+    "default": _IDLE | {"urgent ttft p99 / idle": ("<", 3.5), "background tokens/s": (">", 480.0)},
+    "16 slots": _IDLE | {"urgent ttft p99 / idle": ("<", 3.5), "background tokens/s": (">", 420.0)},
+    "slo": _SLO_TARGETS,
+    "16 slots, slo": _SLO_TARGETS,
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is put on a server; times in seconds."""
+
+    streams: int
+    rate: float
+    seconds: float
+    warmup: float
+    baseline: float
+    seed: int
+
+
+async def measure(client: Client, load: Load, server: Server | None) -> dict[str, Any]:
+    """All figures of one server."""
+    await client.prepare()
+    prompts = Prompts(load.seed)
+
+    def urgent() -> Any:
+        return client.complete(prompts.next(URGENT_WORDS), URGENT_TOKENS, URGENT_PRIORITY)
+
+    idle = [await urgent() for _ in range(IDLE_REQUESTS + 3)][3:]  # the first ones warm up
+    for one in idle:
+        if not one.times:
+            raise SystemExit(f"the idle server does not serve: {one.error}")
+
+    background = Background(
+        client, prompts, BACKGROUND_WORDS, BACKGROUND_TOKENS, BACKGROUND_PRIORITY
+    )
+    background.start(load.streams)
+    await asyncio.sleep(load.warmup)
+    quiet = [await window(load.baseline / 2)]
+    before = cpu_times(server)
+    start, end, requests = await arrivals(urgent, load)
+    cpu = {name: seconds - before[name] for name, seconds in cpu_times(server).items()}
+    under_load = await asyncio.gather(*requests)
+    quiet.append(await window(load.baseline / 2))
+    await background.stop()
+
+    gaps = background.gaps(start, end)
+    lengths = [after - before for before, after in gaps]
+    rate = background.tokens(start, end) / (end - start)
+    quiet_rate = sum(background.tokens(*one) for one in quiet) / max(load.baseline, 1e-9)
+    served = [one for one in under_load if one.error is None]
+    if not served or not gaps:
+        raise SystemExit(f"nothing was served under load: {under_load and under_load[0].error}")
+    results = {
+        **latencies("idle", idle),
+        **latencies("urgent", served),
+        "background tokens/s": rate,
+        "background tokens/s without urgent": quiet_rate,
+        "background kept": rate / quiet_rate if quiet_rate else float("nan"),
+        "background gap p50": percentile(lengths, 50),
+        "background gap p99": percentile(lengths, 99),
+        "background gap max": max(lengths),
+        "background gap max beyond urgent work": uncovered(gaps, served),
+        "urgent requests": len(under_load),
+        "failures": dict(
+            Counter(one.error for one in [*idle, *under_load] if one.error is not None)
+            + Counter(background.errors)
+        ),
+        **{name: seconds / (end - start) for name, seconds in cpu.items()},
+    }
+    for figure in ("ttft", "end-to-end"):
+        for rank in ("p50", "p99"):
+            ratio = results[f"urgent {figure} {rank}"] / results[f"idle {figure} p50"]
+            results[f"urgent {figure} {rank} / idle"] = ratio
+    if server is not None:
+        results["server memory MB"] = server.memory_mb()
+    return {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in results.items()
+    }
+
+
+def cpu_times(server: Server | None) -> dict[str, float]:
+    """CPU seconds so far of the client, the server, and whoever else disturbs them."""
+    total = psutil.cpu_times()
+    seconds = {"client cores used": cpu_seconds()}
+    if server is not None:
+        seconds["server cores used"] = server.cpu_seconds()
+        seconds["others' cores used"] = total.user + total.system - sum(seconds.values())
+    return seconds
+
+
+async def arrivals(
+    urgent: Callable[[], Any], load: Load
+) -> tuple[float, float, list[asyncio.Task[Connection]]]:
+    """Let urgent requests arrive; returns begin and end of that, and the requests."""
+    intervals = random.Random(load.seed)
+    requests: list[asyncio.Task[Connection]] = []
+    start = due = perf_counter()
+    while (due := due + intervals.expovariate(load.rate)) < start + load.seconds:
+        await asyncio.sleep(due - perf_counter())
+        requests.append(asyncio.create_task(urgent()))
+    await asyncio.sleep(start + load.seconds - perf_counter())
+    return start, perf_counter(), requests
+
+
+def latencies(name: str, requests: Sequence[Connection]) -> dict[str, float]:
+    """Percentiles of the requests that were served."""
+    ttfts = [one.times[0] - one.start for one in requests]
+    totals = [one.times[-1] - one.start for one in requests]
+    return {
+        f"{name} {figure} p{rank}": percentile(values, rank)
+        for figure, values in (("ttft", ttfts), ("end-to-end", totals))
+        for rank in (50, 99)
+    }
+
+
+def uncovered(gaps: Sequence[tuple[float, float]], urgent: Sequence[Connection]) -> float:
+    """The longest part of a background gap during which there was no urgent request."""
+    busy: list[tuple[float, float]] = []  # disjoint, in order
+    for start, end in sorted((one.start, one.times[-1]) for one in urgent):
+        if busy and start <= busy[-1][1]:
+            busy[-1] = busy[-1][0], max(end, busy[-1][1])
+        else:
+            busy.append((start, end))
+    longest = 0.0
+    for before, after in sorted(gaps, key=lambda gap: gap[0] - gap[1]):
+        if after - before <= longest:
+            break
+        covered = sum(max(0.0, min(after, end) - max(before, start)) for start, end in busy)
+        longest = max(longest, after - before - covered)
+    return longest
+
+
+#: figure, its unit, and by how much it is multiplied to be shown in it.
+_ROWS = (
+    ("idle ttft p50", "ms", 1e3),
+    ("idle end-to-end p50", "ms", 1e3),
+    ("urgent ttft p50", "ms", 1e3),
+    ("urgent ttft p99", "ms", 1e3),
+    ("urgent ttft p50 / idle", "×", 1),
+    ("urgent ttft p99 / idle", "×", 1),
+    ("urgent end-to-end p50", "ms", 1e3),
+    ("urgent end-to-end p99", "ms", 1e3),
+    ("urgent end-to-end p50 / idle", "×", 1),
+    ("urgent end-to-end p99 / idle", "×", 1),
+    ("background tokens/s", "", 1),
+    ("background tokens/s without urgent", "", 1),
+    ("background kept", "%", 100),
+    ("background gap p50", "ms", 1e3),
+    ("background gap p99", "ms", 1e3),
+    ("background gap max", "ms", 1e3),
+    ("background gap max beyond urgent work", "ms", 1e3),
+    ("client cores used", "", 1),
+    ("server cores used", "", 1),
+    ("others' cores used", "", 1),
+    ("server memory MB", "", 1),
+)
+
+
+def show(results: dict[str, Any]) -> None:
+    table = Table("", *results, title="urgent requests under load")
+    for figure, unit, factor in _ROWS:
+        cells = []
+        for one in results.values():
+            text = "–"
+            if figure in one:
+                digits = 2 if factor == 1 else 0
+                text = f"{one[figure] * factor:.{digits}f} {unit}".rstrip()
+            if figure in one["targets"]:
+                sign, limit = one["targets"][figure]
+                color, word = ("green", "met") if one["met"][figure] else ("red", "missed")
+                bound = f"{'≤' if sign == '<' else '≥'} {limit * factor:g}"
+                text = f"[{color}]{text} ({bound}: {word})[/]"
+            cells.append(text)
+        table.add_row(figure, *cells)
+    requests = [f"{sum(one['failures'].values())} failed" for one in results.values()]
+    table.add_row("failures", *requests)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for name, one in results.items():
+        for error, count in one["failures"].items():
+            print(f"{name}: {count} × {error}")
+
+
+def judged(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    targets = TARGETS.get(name, {})
+    met = {
+        figure: figures[figure] <= limit if sign == "<" else figures[figure] >= limit
+        for figure, (sign, limit) in targets.items()
+    }
+    return figures | {"targets": targets, "met": met}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--base-url", help="of a server that runs already, instead of starting any")
+    parser.add_argument("--name", default="server", help="of that server, in the table")
+    parser.add_argument(
+        "--serve",
+        nargs=2,
+        action="append",
+        metavar=("NAME", "COMMAND"),
+        help="start and measure this server instead of Headway's; {port} stands for the port",
+    )
+    parser.add_argument("--only", nargs="+", choices=SERVERS, help="of Headway's servers")
+    parser.add_argument("--streams", type=int, default=32, help="in the background")
+    parser.add_argument("--rate", type=float, default=0.5, help="urgent requests a second")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of urgent requests")
+    parser.add_argument("--warmup", type=float, default=15.0, help="seconds")
+    parser.add_argument("--baseline", type=float, default=30.0, help="seconds without urgent ones")
+    parser.add_argument("--seed", type=int, default=SEED, help="of prompts and arrivals")
+    parser.add_argument("--model", help="as the server calls it; its first if none is given")
+    parser.add_argument("--api-key")
+    parser.add_argument(
+        "--results", default="urgent_under_load", help="name of the file in benchmarks/results"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON only")
+    arguments = parser.parse_args()
+    load = Load(
+        arguments.streams,
+        arguments.rate,
+        arguments.seconds,
+        arguments.warmup,
+        arguments.baseline,
+        arguments.seed,
+    )
+    allow_open_files(4096)
+
+    def run(name: str, base_url: str, server: Server | None) -> None:
+        client = Client(base_url, arguments.model, arguments.api_key)
+        results[name] = judged(name, uvloop.run(measure(client, load, server)))
+
+    results: dict[str, Any] = {}
+    if arguments.base_url:
+        run(arguments.name, arguments.base_url, None)
+    else:
+        named = {name: SERVERS[name] for name in arguments.only or SERVERS}
+        for name, command in (dict(arguments.serve) if arguments.serve else named).items():
+            with serve(command, arguments.api_key) as server:
+                run(name, server.base_url, server)
+            results[name]["command"] = command
+    path = machine.write(arguments.results, results | {"load": vars(load)})
+    if arguments.json:
+        json.dump(results, sys.stdout, indent=2)
+        return
+    show(results)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
