@@ -203,17 +203,16 @@ async def measure(
     load.num_tokens = 0
     load.urgent_ttfts.clear()
     own = psutil.Process()
-    cpu = sum(own.cpu_times()[:2]), sum(process.cpu_times()[:2])
+    before = cpu_times(own, process)
     start = time.monotonic()
     await asyncio.sleep(seconds)
     end = time.monotonic()
-    cpu = sum(own.cpu_times()[:2]) - cpu[0], sum(process.cpu_times()[:2]) - cpu[1]
+    cpu = {name: value - before[name] for name, value in cpu_times(own, process).items()}
     result = {
         "tokens/s": load.num_tokens / (end - start),
         "urgent ttft ms p50": 1e3 * percentile(load.urgent_ttfts, 50),
         "urgent ttft ms p99": 1e3 * percentile(load.urgent_ttfts, 99),
-        "server process CPU s": cpu[0],
-        "engine process CPU s": cpu[1] if process != own else 0.0,
+        **cpu,
     }
     for task in tasks:
         task.cancel()
@@ -221,6 +220,15 @@ async def measure(
     await async_engine.drain(None)
     await async_engine.shutdown()
     return result | {"window": (start, end)}
+
+
+def cpu_times(server: psutil.Process, engine: psutil.Process) -> dict[str, float]:
+    """Seconds so far; others are the clients, and whoever disturbs the measurement."""
+    total = psutil.cpu_times()
+    seconds = {"server process CPU s": sum(server.cpu_times()[:2]), "engine process CPU s": 0.0}
+    if engine != server:
+        seconds["engine process CPU s"] = sum(engine.cpu_times()[:2])
+    return seconds | {"others' CPU s": total.user + total.system - sum(seconds.values())}
 
 
 def read_all(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
@@ -270,7 +278,7 @@ def main() -> None:
             for place in PLACES:
                 command = [sys.executable, __file__, "--one", place, "--streams", str(streams)]
                 command += ["--seconds", str(arguments.seconds)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 runs[place].append(json.loads(done.stdout))
         results[f"{streams} streams"] = {
             place: {name: machine.summary([run[name] for run in of]) for name in of[0]}

@@ -45,7 +45,7 @@ def test_version() -> None:
     assert result.returncode == 0
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("demo",), ("models",)])
+@pytest.mark.parametrize("command", [(), ("generate",), ("serve",), ("demo",), ("models",)])
 def test_help_names_everything_in_full(command: tuple[str, ...]) -> None:
     result = run(*command, "--help")
     text = result.stdout.decode()
@@ -53,7 +53,7 @@ def test_help_names_everything_in_full(command: tuple[str, ...]) -> None:
     assert "  headway " in text, "an example"
     assert "\x1b" not in text
     assert all(len(line) <= 80 for line in text.splitlines())
-    if command == ("generate",):
+    if command in (("generate",), ("serve",)):
         for option in (
             "--scheduling-policy",
             "--preemption-mode",
@@ -70,8 +70,8 @@ def test_help_names_everything_in_full(command: tuple[str, ...]) -> None:
 def test_help_does_not_wait_for_the_libraries_that_run_models() -> None:
     code = (
         "import sys, headway.cli; "
-        "print({'openvino', 'numpy', 'matplotlib', 'tokenizers', 'gguf', 'jinja2'} "
-        "& set(sys.modules))"
+        "print({'openvino', 'numpy', 'matplotlib', 'tokenizers', 'gguf', 'jinja2', 'fastapi', "
+        "'uvicorn', 'pydantic', 'prometheus_client', 'rich'} & set(sys.modules))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT, check=True

@@ -184,11 +184,18 @@ def test_a_chunk_deep_in_its_context_costs_more() -> None:
 
 
 def test_the_first_ranked_always_gets_a_chunk() -> None:
-    time = TimeBudget(CostModel((1.0, 0.5, 2.0, 0.01)), 0.5, min_chunk=16)
+    time = TimeBudget(CostModel((0.0, 0.5, 2.0, 0.01)), 0.4, min_chunk=16)
     assert time.affordable(100, 0, is_first=True) == 16
     assert time.affordable(9, 0, is_first=True) == 9
     assert time.affordable(1, 0, is_first=True) == 1
     assert time.affordable(100, 0, is_first=False) == 0
+
+
+def test_a_bound_that_leaves_no_room_for_work_is_not_kept() -> None:
+    time = TimeBudget(CostModel((20.0, 0.5, 2.0)), 15.0)
+    assert time.affordable(100, 0, is_first=False) == 20
+    time.tighten(5.0)
+    assert time.limit_ms == 30.0
 
 
 def test_a_single_slow_step_is_not_believed() -> None:

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 
 from headway.core import invariants
-from headway.core.config import PreemptionMode, SchedulerConfig
+from headway.core.config import TTFT_SHARE, PreemptionMode, SchedulerConfig
 from headway.core.cost_model import CostModel
 from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong, UnknownRequest
 from headway.core.policy import AgingPolicy
 from headway.core.request import PriorityRequest, Request, RequestStatus, SamplingParams
 from headway.core.scheduler import PriorityScheduler
-from headway.core.slo import SLO
+from headway.core.slo import HEADROOM, SLO
 
 if TYPE_CHECKING:
     from tests.core.conftest import Lab, Step
@@ -544,7 +544,7 @@ def test_a_step_is_as_short_as_the_tightest_target_in_it(lab: type[Lab]) -> None
     promised = lab(
         cost_model=model,
         max_num_seqs=20,
-        slos=(SLO(0, tpot_ms=6.0), SLO(3, tpot_ms=10.0)),
+        slos=(SLO(0, tpot_ms=6.0 / HEADROOM), SLO(3, tpot_ms=10.0 / HEADROOM)),
         max_step_ms=18.0,
     )
     for i in range(14):
@@ -570,12 +570,12 @@ def test_a_ttft_target_bounds_the_steps_that_an_arrival_may_have_to_wait_for(
     for i in range(14):
         promised.add(f"batch-{i}", 9, num_prompt=30, max_tokens=4)
     for step in promised.drain():
-        assert step.output.predicted_ms <= 8.0 + 1e-9
+        assert step.output.predicted_ms <= 20.0 * TTFT_SHARE + 1e-9
 
 
 def test_a_first_token_is_not_held_up_by_others_time_per_token(lab: type[Lab]) -> None:
     model = CostModel((2.0, 0.1, 1.0, 0.0))
-    promised = lab(cost_model=model, slos=(SLO(0, ttft_ms=100.0, tpot_ms=5.0),))
+    promised = lab(cost_model=model, slos=(SLO(0, ttft_ms=100.0, tpot_ms=5.0 / HEADROOM),))
     promised.add("first", 0, max_tokens=9)
     promised.steps(2)
     promised.add("second", 0, num_prompt=60, max_tokens=9)
@@ -598,7 +598,7 @@ def test_targets_bound_what_rides_along(
     """A step that is longer than a target in it has nobody less urgent than the target's owner."""
     model = CostModel((2.0, 0.5, 1.0, 0.01))
     targets = dict(enumerate(tpots))
-    slos = tuple(SLO(priority, tpot_ms=target) for priority, target in targets.items())
+    slos = tuple(SLO(priority, tpot_ms=target / HEADROOM) for priority, target in targets.items())
     promised = lab(cost_model=model, slos=slos, max_num_seqs=6)
     for i, (priority, num_prompt, max_tokens) in enumerate(load):
         promised.add(f"r{i}", priority, num_prompt, max_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headway.core.config import SchedulerConfig
+from headway.core.config import TTFT_SHARE, SchedulerConfig
 from headway.core.errors import ConfigError
 from headway.core.policy import DeadlinePolicy
 from headway.core.request import MAX_PRIORITY, MIN_PRIORITY, Request
@@ -68,7 +68,8 @@ def test_two_targets_for_one_priority_are_refused() -> None:
 
 
 def test_no_step_takes_more_than_its_share_of_the_tightest_ttft() -> None:
-    assert SchedulerConfig(slos=(SLO(0, 100.0), SLO(5, 50.0))).step_limit_ms == 20.0
+    both = SchedulerConfig(slos=(SLO(0, 100.0), SLO(5, 50.0)))
+    assert both.step_limit_ms == pytest.approx(50.0 * TTFT_SHARE)
     assert SchedulerConfig(max_step_ms=10.0, slos=(SLO(0, 100.0),)).step_limit_ms == 10.0
     assert SchedulerConfig(slos=(SLO(0, None, 5.0),)).step_limit_ms == float("inf")
 

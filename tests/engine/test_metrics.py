@@ -41,19 +41,19 @@ def ask(request_id: str, priority: int, num_prompt: int, max_tokens: int) -> Req
 
 
 def test_times_of_a_request(make_engine: MakeEngine, drain: Drain) -> None:
-    """A step looks at the clock when it begins and on both sides of the executor."""
+    """A step looks at the clock when it begins, on both sides of the executor, and at its end."""
     engine = make_engine(clock=Ticks())
     engine.observers.clear()
     request = ask("a", 0, 4, 3)
     engine.submit(request)  # at 1
-    drain(engine)  # steps begin at 2, 5, 8; their tokens are ready at 4, 7, 10
+    drain(engine)  # steps begin at 2, 6, 10; their tokens are ready at 4, 8, 12
     metrics = metrics_of(request)
     assert (metrics.arrival_time, metrics.first_scheduled_time) == (1, 2)
-    assert (metrics.first_token_time, metrics.finish_time) == (4, 10)
-    assert (metrics.ttft, metrics.latency) == (3, 9)
+    assert (metrics.first_token_time, metrics.finish_time) == (4, 12)
+    assert (metrics.ttft, metrics.latency) == (3, 11)
     (summary,) = summarize([request])
-    assert (summary.ttft_p50, summary.ttft_p99, summary.latency_mean) == (3, 3, 9)
-    assert (summary.tpot_mean, summary.num_output_tokens) == (3, 3)
+    assert (summary.ttft_p50, summary.ttft_p99, summary.latency_mean) == (3, 3, 11)
+    assert (summary.tpot_mean, summary.num_output_tokens) == (4, 3)
 
 
 def test_a_class_is_a_priority_and_the_most_urgent_comes_first(

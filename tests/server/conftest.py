@@ -146,12 +146,6 @@ class RunningServer:
             assert time.monotonic() < deadline, self.engine.scheduler.requests
             pause.wait(0.005)
 
-    @property
-    def has_unsent(self) -> bool:
-        """Whether something waits for a client that does not read."""
-        connections: Any = set(self._server.server_state.connections)
-        return any(one.flow.write_paused for one in connections)
-
     def assert_idle(self) -> None:
         """Soon nothing is left of all requests so far, while the server goes on."""
         self.wait_until(lambda: not self.engine.has_work and not self._server.server_state.tasks)

@@ -8,12 +8,12 @@ from enum import Enum
 
 from headway.core.errors import ConfigError
 from headway.core.policy import DeadlinePolicy, SchedulingPolicy, make_policy
-from headway.core.slo import SLO, SLOTable
+from headway.core.slo import HEADROOM, SLO, SLOTable
 
 __all__ = ["TTFT_SHARE", "PreemptionMode", "SchedulerConfig"]
 
 #: Two steps must fit into a TTFT target, and something must be left for the way in and out.
-TTFT_SHARE = 0.4
+TTFT_SHARE = HEADROOM * 0.4
 
 
 class PreemptionMode(Enum):

@@ -194,6 +194,10 @@ class CostModel:
 class TimeBudget:
     """The fourth budget of a step, beside slots, tokens and blocks: its predicted time.
 
+    No bound is kept at any price: a step may take ``MIN_STEP`` times its fixed cost. On a machine
+    that is too slow for a target, steps as short as the target would do next to nothing, and
+    everybody would wait for ever so short steps.
+
     Args:
         cost_model: predicts.
         max_ms: what no step may take; infinite = no bound.
@@ -202,19 +206,25 @@ class TimeBudget:
             that no step is short enough is soon put right.
     """
 
-    __slots__ = ("costs", "limit_ms", "max_ms", "min_chunk", "spent_ms")
+    #: A third of a step, at least, is for what is in it.
+    MIN_STEP = 1.5
+
+    __slots__ = ("costs", "floor_ms", "limit_ms", "max_ms", "min_chunk", "spent_ms")
 
     def __init__(self, cost_model: CostModel, max_ms: float, min_chunk: int = 1) -> None:
         self.costs = cost_model.coefficients
         self.spent_ms = self.costs.step
         self.min_chunk = min_chunk
-        self.max_ms = max_ms
+        self.floor_ms = self.MIN_STEP * self.costs.step
+        #: What no step may take; infinite = no bound.
+        self.max_ms = max(max_ms, self.floor_ms)
         #: What those in this step allow; at most ``max_ms``.
-        self.limit_ms = max_ms
+        self.limit_ms = self.max_ms
 
     def tighten(self, limit_ms: float) -> None:
         """Let the step take no longer than ``limit_ms``, for the sake of somebody in it."""
-        self.limit_ms = min(self.limit_ms, limit_ms)
+        if limit_ms < self.limit_ms:
+            self.limit_ms = max(limit_ms, self.floor_ms)
 
     def price(self, count: int, num_context_tokens: int) -> float:
         """What ``count`` tokens of a request cost after ``num_context_tokens`` others (ms)."""

@@ -496,8 +496,8 @@ class PriorityScheduler:
             if count:
                 time.spend(count, computed)
                 request.last_step = self._num_timed_steps
-                if request.slo is not None and request.slo.tpot_ms is not None:
-                    time.tighten(request.slo.tpot_ms)
+                if request.slo is not None:
+                    time.tighten(request.slo.max_step_ms)
         return count
 
     def _wanted(self, request: Request, count: int) -> int:
@@ -532,8 +532,8 @@ class PriorityScheduler:
         ]
         time = TimeBudget(self.cost_model, self._step_limit_ms, self.config.block_size)
         for index, request in enumerate(resident):
-            if request.slo is not None and request.slo.tpot_ms is not None:
-                time.tighten(request.slo.tpot_ms)
+            if request.slo is not None:
+                time.tighten(request.slo.max_step_ms)
             computed = request.num_computed_tokens
             if time.affordable(wants[index], computed, False) < wants[index]:
                 break

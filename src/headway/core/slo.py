@@ -6,6 +6,7 @@ scheduler keeps the promise by bounding what it packs into a step beside such re
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -15,7 +16,10 @@ from typing import Final
 from headway.core.errors import ConfigError
 from headway.core.request import MAX_PRIORITY, MIN_PRIORITY
 
-__all__ = ["SLO", "SLOTable"]
+__all__ = ["HEADROOM", "SLO", "SLOTable"]
+
+#: Of a target, what may be planned.
+HEADROOM: Final = 0.9
 
 _MS: Final = {"us": 1e-3, "ms": 1.0, "s": 1e3, "": 1.0}
 _NUMBER: Final = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s|)")
@@ -65,6 +69,14 @@ class SLO:
         if re.fullmatch(r"[+-]?\d{1,19}", priority.strip()) is None:
             raise ConfigError(f"SLO {text!r} has the priority {priority!r}, must be an int64")
         return cls(int(priority), found.get("ttft"), found.get("tpot"))
+
+    @property
+    def max_step_ms(self) -> float:
+        """What a step may be planned to take that decodes a request of the class.
+
+        A little less than its time per token: half of all steps take longer than planned.
+        """
+        return math.inf if self.tpot_ms is None else HEADROOM * self.tpot_ms
 
     def __str__(self) -> str:
         targets = (("ttft", self.ttft_ms), ("tpot", self.tpot_ms))

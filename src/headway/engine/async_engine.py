@@ -101,7 +101,7 @@ class AsyncEngine:
         #: Questions on their way to the step thread.
         self._questions: set[asyncio.Future[Any]] = set()
         #: Why the step thread ended, if it did so by itself.
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         #: Once nothing is served any more: what every reader is told; the loop's own.
         self._stopped: EngineStopped | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -353,13 +353,13 @@ class AsyncEngine:
                 else:
                     self._wake.wait()
         except BaseException as error:  # whatever it is, every reader must hear of it
-            self._failure = error
+            self.failure = error
         stopped = EngineStopped(
             "the engine has been stopped"
-            if self._failure is None
-            else f"the step loop died of {type(self._failure).__name__}: {self._failure}"
+            if self.failure is None
+            else f"the step loop died of {type(self.failure).__name__}: {self.failure}"
         )
-        stopped.__cause__ = self._failure
+        stopped.__cause__ = self.failure
         try:
             self.engine.abort_all(stopped)
         finally:

@@ -236,7 +236,6 @@ class Engine:
         execute_start = self.clock()
         result = self.executor.execute(scheduled)
         execute_end = self.clock()
-        self._learn(scheduled, (execute_end - execute_start) * 1e3, result.swap_ms)
         for index, error in result.errors.items():
             aborted = RequestStatus.FINISHED_ABORTED
             outputs.append(self._end(scheduled[index].request_id, aborted, execute_end, error))
@@ -247,8 +246,9 @@ class Engine:
             if token_id is not None:
                 logprobs = result.logprobs.get(index)
                 outputs.append(self._to_output(scheduled[index], token_id, logprobs, execute_end))
+        end = self.clock()
+        self._learn(scheduled, (end - start) * 1e3, result.swap_ms)
         if self.observers:
-            end = self.clock()
             step = Step(scheduled, start, execute_start, execute_end, end, result)
             for observer in self.observers:
                 observer(step)
@@ -349,11 +349,11 @@ class Engine:
         text = self._processors.pop(request_id).flush().text
         return EngineOutput(request, (), text, request.status.finish_reason, error=error)
 
-    def _learn(self, scheduled: SchedulerOutput, execute_ms: float, swap_ms: float) -> None:
+    def _learn(self, scheduled: SchedulerOutput, step_ms: float, swap_ms: float) -> None:
         if scheduled.num_swapped_blocks:
             self.scheduler.cost_model.observe_swap(scheduled.num_swapped_blocks, swap_ms)
         if scheduled.requests:
-            self.scheduler.cost_model.observe(scheduled.features, execute_ms - swap_ms)
+            self.scheduler.cost_model.observe(scheduled.features, step_ms - swap_ms)
 
     def _to_output(
         self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now: float

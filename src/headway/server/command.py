@@ -1,29 +1,25 @@
 """``headway serve``: from options to a running server.
 
-This module is imported for every ``headway --help``, so the web framework, the engine and rich are
+This module is imported for every ``headway --help``, so the web framework and the engine are
 imported by what needs them.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 
-from headway import __version__, console
+from headway import console
 from headway.core.config import PreemptionMode
 from headway.core.errors import ConfigError
 from headway.core.slo import SLO
 from headway.models.registry import DEFAULT_MODEL
 from headway.server.api_keys import collect_api_keys
 from headway.server.config import DEFAULT_SERVICE_TIERS, LOG_LEVELS, ServerConfig
-
-if TYPE_CHECKING:
-    from headway.engine.engine import Engine
 
 __all__ = ["EPILOG", "serve"]
 
@@ -271,6 +267,7 @@ def serve(
     from headway.engine.config import EngineConfig  # noqa: PLC0415
     from headway.engine.warm_up import warm_up  # noqa: PLC0415
     from headway.server import run, tracing  # noqa: PLC0415
+    from headway.server.announcement import announce  # noqa: PLC0415
 
     engine_config = EngineConfig(
         model=model,
@@ -299,7 +296,7 @@ def serve(
                 raise ConfigError(f"block_size is {block_size}, must be {own}")
             warm_up(engine, lambda fraction: progress("warm up", fraction))
         url = run.base_url(config, listener)
-        run.run(engine, config, listener, lambda: _announce(engine, config, url))
+        run.run(engine, config, listener, lambda: announce(engine, config, url))
 
 
 def _parse_tiers(texts: Iterable[str]) -> Mapping[str, int]:
@@ -323,36 +320,3 @@ def _parse_origins(text: str) -> tuple[str, ...]:
     if not isinstance(origins, list) or not all(isinstance(one, str) for one in origins):
         raise ConfigError(f"allowed_origins is {text!r}, must be a JSON list of texts")
     return tuple(origins)
-
-
-def _announce(engine: Engine, config: ServerConfig, url: str) -> None:
-    """Say on standard error that requests are answered, where, and by which rules."""
-    from rich.console import Console  # noqa: PLC0415
-
-    scheduler = engine.scheduler
-    limits = scheduler.config
-    step = f"at most {limits.max_num_seqs} requests and {limits.max_num_batched_tokens} tokens"
-    if limits.step_limit_ms < math.inf:
-        step += f", about {limits.step_limit_ms:g} ms"
-    num_keys = len(config.api_keys)
-    rows = {
-        "model": ", ".join(config.served_model_names),
-        "policy": f"{scheduler.policy.name}, preemption {scheduler.mode.value}",
-        "step": step,
-        "targets": "  ".join(map(str, limits.slos)) or "none (--slo)",
-        "contexts": f"of {limits.max_request_tokens:,} tokens; room for "
-        f"{limits.num_blocks * limits.block_size:,} tokens in all",
-        "access": "everybody who can connect"
-        if num_keys == 0
-        else f"with {num_keys} API key{'s' * (num_keys > 1)}",
-    }
-    body = {"model": config.model_name, "prompt": "Queues form because", "priority": 0}
-    header = " -H 'Authorization: Bearer KEY'" if num_keys else ""
-    terminal = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    terminal.print(f"Headway {__version__} answers at {url}/v1", style="bold")
-    for name, text in rows.items():
-        terminal.print(f"  {name:<10}{text}")
-    terminal.print(
-        f"\n  curl {url}/v1/completions{header} -H 'Content-Type: application/json' \\\n"
-        f"    -d '{json.dumps(body)}'\n"
-    )

@@ -11,13 +11,13 @@ from headway.core.errors import ConfigError
 from headway.core.request import MAX_PRIORITY, MIN_PRIORITY
 from headway.server.api_keys import ApiKey
 
-__all__ = ["DEFAULT_SERVICE_TIERS", "LOG_LEVELS", "ServerConfig"]
+__all__ = ["DEFAULT_SERVICE_TIERS", "LOG_LEVELS", "UNSPECIFIC_TIERS", "ServerConfig"]
 
 #: OpenAI's service tiers that ask for another priority than the default one.
 DEFAULT_SERVICE_TIERS: Final[Mapping[str, int]] = {"priority": -10, "flex": 10}
 
 #: OpenAI's service tiers that leave the priority to the server.
-_UNSPECIFIC_TIERS: Final = ("auto", "default")
+UNSPECIFIC_TIERS: Final = ("auto", "default")
 
 #: uvicorn's levels, the quietest first.
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
@@ -101,7 +101,7 @@ class ServerConfig:
                 f"log_level is {self.log_level!r}, must be one of {', '.join(LOG_LEVELS)}"
             )
         tiers = {
-            **dict.fromkeys(_UNSPECIFIC_TIERS, self.default_priority),
+            **dict.fromkeys(UNSPECIFIC_TIERS, self.default_priority),
             **DEFAULT_SERVICE_TIERS,
             **self.service_tiers,
         }

@@ -160,10 +160,10 @@ class Observed:
 
         # Steps.
         self.step_tokens = Histogram("iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
-        self.step_time = Histogram("step_time_seconds", "Time a step computed.", _STEP_SECONDS)
+        self.step_time = Histogram("step_time_seconds", "Time a step took.", _STEP_SECONDS)
         self.step_time_ratio = Histogram(
             "step_time_ratio",
-            "Time a step computed, divided by what the cost model had predicted.",
+            "Time a step took, divided by what the cost model had predicted.",
             _STEP_RATIO,
         )
 

@@ -120,7 +120,7 @@ class Metrics:
             observed.swap_time.add((), swap_seconds)
         if not output.requests:
             return
-        seconds = step.execute_end - step.execute_start - swap_seconds
+        seconds = step.end - step.start - swap_seconds  # as the cost model counts
         observed.step_tokens.observe((), output.num_batched_tokens)
         observed.step_time.observe((), seconds)
         if output.predicted_ms > 0:

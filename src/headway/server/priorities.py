@@ -9,7 +9,7 @@ from fastapi import Request
 
 from headway.core.request import MAX_PRIORITY, MIN_PRIORITY
 from headway.server.auth import Tenant
-from headway.server.config import ServerConfig
+from headway.server.config import UNSPECIFIC_TIERS, ServerConfig
 from headway.server.errors import ApiError
 from headway.server.protocol import GenerationRequest
 
@@ -17,9 +17,6 @@ __all__ = ["PRIORITY_HEADERS", "priority_of"]
 
 #: The first of them that a request has counts, and precedes the body.
 PRIORITY_HEADERS: Final = ("X-Headway-Priority", "X-Vllm-Priority")
-
-#: OpenAI's service tiers that leave the priority to the server.
-_UNSPECIFIC_TIERS: Final = ("auto", "default")
 
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,19}")
 
@@ -37,9 +34,9 @@ def priority_of(
     if priority is None:
         priority = body.priority
     if priority is None:
-        tier = _UNSPECIFIC_TIERS[0] if body.service_tier is None else body.service_tier
+        tier = UNSPECIFIC_TIERS[0] if body.service_tier is None else body.service_tier
         priority = _from_tier(tier, config)
-        if tier in _UNSPECIFIC_TIERS:
+        if tier in UNSPECIFIC_TIERS:
             return tenant.default_priority(priority)
     tenant.check_priority(priority)
     return priority

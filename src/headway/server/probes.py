@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
+from starlette.responses import PlainTextResponse
 
 from headway import __version__
 from headway.core.errors import EngineStopped
@@ -27,7 +28,7 @@ async def version() -> Version:
     return {"version": __version__}
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
 def metrics(request: Request) -> Response:
     content, content_type = request.app.state.metrics.render()
     return Response(content, media_type=content_type)

@@ -91,16 +91,18 @@ def run(
 
     Raises:
         ConfigError: the address has been taken meanwhile.
-        EngineStopped: the engine's step loop died; the log says why.
+        EngineStopped: the engine's step loop died.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    server = Server(AsyncEngine(engine, config.max_buffered_tokens), config, on_ready)
     try:
-        server.run(sockets=[listener])
+        listener.listen()  # uvloop does it too, and does not notice if it fails
     except OSError as error:
+        engine.close()
         raise _cannot_listen(config, error) from None
-    if server.has_engine_died:
-        raise EngineStopped("the engine's step loop died, so the server has stopped")
+    async_engine = AsyncEngine(engine, config.max_buffered_tokens)
+    Server(async_engine, config, on_ready).run(sockets=[listener])
+    if async_engine.failure is not None:
+        raise EngineStopped("the step loop died, so the server has stopped; the log says why")
 
 
 class Server(uvicorn.Server):
@@ -127,7 +129,6 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=_KEEP_ALIVE,
             )
         )
-        self.has_engine_died = False
         self._engine = engine
         self._shutdown_timeout = config.shutdown_timeout
         self._on_ready = on_ready
@@ -146,11 +147,15 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        self.has_engine_died = not self._engine.is_alive
-        return await super().on_tick(counter) or self.has_engine_died
+        if self._engine.failure is not None:
+            _log.error("the step loop died", exc_info=self._engine.failure)
+            return True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        _log.info("stopping; running requests get %g s", self._shutdown_timeout)
+        _log.info(
+            "stopping; running requests get %g s, or until the next signal", self._shutdown_timeout
+        )
         await self._engine.drain(self._shutdown_timeout)
         asyncio.get_running_loop().call_later(_LINGER, self._hang_up)
         await super().shutdown(sockets)
