@@ -193,9 +193,9 @@ def test_the_first_ranked_always_gets_a_chunk() -> None:
 
 def test_a_bound_that_leaves_no_room_for_work_is_not_kept() -> None:
     time = TimeBudget(CostModel((20.0, 0.5, 2.0)), 15.0)
-    assert time.affordable(100, 0, is_first=False) == 20
+    assert time.affordable(100, 0, is_first=False) == 10
     time.tighten(5.0)
-    assert time.limit_ms == 30.0
+    assert time.limit_ms == 25.0
 
 
 def test_a_single_slow_step_is_not_believed() -> None:

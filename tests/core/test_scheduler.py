@@ -579,10 +579,29 @@ def test_a_first_token_is_not_held_up_by_others_time_per_token(lab: type[Lab]) -
     promised.add("first", 0, max_tokens=9)
     promised.steps(2)
     promised.add("second", 0, num_prompt=60, max_tokens=9)
-    assert promised.step().counts == {"first": 1, "second": 60}
     promised.add("batch", 1, num_prompt=60, max_tokens=1)
+    assert promised.step().counts == {"first": 1, "second": 60}
     assert promised.step().counts == {"first": 1, "second": 1, "batch": 10}
     promised.drain()
+
+
+def test_a_first_token_does_not_wait_for_those_whom_it_outranks(lab: type[Lab]) -> None:
+    """While steps are bounded; those who rank equal go on beside it."""
+    bounded = lab(cost_model=CostModel((1.0, 0.1, 1.0, 0.0)), max_step_ms=50.0, max_num_seqs=9)
+    for name, priority in (("batch", 9), ("equal", 0)):
+        bounded.add(name, priority, max_tokens=20)
+    bounded.steps(2)
+    bounded.add("urgent", 0, num_prompt=30, max_tokens=9)
+    bounded.add("waiting", 9, max_tokens=9)
+    assert bounded.step().counts == {"equal": 1, "urgent": 30}
+    assert bounded.step().counts == {"equal": 1, "urgent": 1, "batch": 1, "waiting": 4}
+    unbounded = lab(max_num_seqs=9)
+    unbounded.add("batch", 9, max_tokens=9)
+    unbounded.step()
+    unbounded.add("urgent", 0, num_prompt=30, max_tokens=2)
+    assert unbounded.step().counts == {"urgent": 30, "batch": 1}
+    for one in (bounded, unbounded):
+        one.drain()
 
 
 @settings(max_examples=60)

@@ -206,8 +206,8 @@ class TimeBudget:
             that no step is short enough is soon put right.
     """
 
-    #: A third of a step, at least, is for what is in it.
-    MIN_STEP = 1.5
+    #: A fifth of a step, at least, is for what is in it.
+    MIN_STEP = 1.25
 
     __slots__ = ("costs", "floor_ms", "limit_ms", "max_ms", "min_chunk", "spent_ms")
 

@@ -28,7 +28,7 @@ from headway.core.config import PreemptionMode, SchedulerConfig
 from headway.core.cost_model import CostModel, StepFeatures, TimeBudget
 from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong, UnknownRequest
 from headway.core.kv_cache_manager import KVCacheManager
-from headway.core.policy import NOBODY, SchedulingPolicy
+from headway.core.policy import NOBODY, Key, SchedulingPolicy
 from headway.core.priority_queue import PriorityQueue
 from headway.core.reclaim import plan_victims
 from headway.core.request import Request, RequestStatus, check_priority
@@ -275,6 +275,8 @@ class PriorityScheduler:
         self._num_timed_steps += is_timed
         prefill_tokens = context_tokens = 0
         prefill_context = 0.0
+        # Nobody ranked behind it is in this step.
+        barrier: Key | None = None
         running = _RUNNING
         # The next waiting request, and its rank among the residents. None once one of those
         # above could not get what it needs: nobody ranked below may be admitted to that.
@@ -283,7 +285,7 @@ class PriorityScheduler:
         index = 0
         while slots and budget:
             if index == head_index:
-                if head is None:
+                if head is None or (barrier is not None and head.key > barrier):
                     break
                 has_time = not requests or time.allows(
                     head.num_tokens, self._time_limit(head, time)
@@ -295,6 +297,8 @@ class PriorityScheduler:
                     head, head_index = None, len(resident)
                     continue
             request = resident[index]
+            if barrier is not None and request.key > barrier:
+                break
             index += 1
             num_tokens = len(request.token_ids)
             if num_tokens > request.capacity:
@@ -316,6 +320,9 @@ class PriorityScheduler:
             if count > 1:
                 prefill_tokens += count
                 prefill_context += count * (computed + count / 2)
+                if is_timed and barrier is None and request.first_token_time is None:
+                    # A first token does not wait for those whom it outranks.
+                    barrier = self.policy.threshold(request)
             else:
                 context_tokens += computed
             if request.status is not running:
@@ -511,12 +518,12 @@ class PriorityScheduler:
     def _time_limit(self, request: Request, time: TimeBudget) -> float:
         """What the step may take as far as ``request`` goes (ms).
 
-        One that has a TTFT target and no token yet is not held up by others' time per token:
-        they wait one step longer, it would wait several.
+        One that has a TTFT target and no token yet is not cut by a bound that is meant for those
+        beside it: half of its target has been kept for its own step.
         """
         slo = request.slo
         if slo is not None and slo.ttft_ms is not None and request.first_token_time is None:
-            return time.max_ms
+            return max(time.max_ms, slo.ttft_ms / 2)
         return time.limit_ms
 
     def _share_time(self) -> Mapping[str, int]:

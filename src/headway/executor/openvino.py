@@ -29,6 +29,7 @@ from headway.core.request import Request
 from headway.core.scheduler_output import SchedulerOutput
 from headway.executor.base import ModelRunnerOutput
 from headway.executor.batch import StepBatch, StepResult, build_batch
+from headway.executor.huge_pages import use_huge_pages
 from headway.executor.invariance import Invariance, remembered_invariance
 from headway.executor.readout import Readout
 from headway.executor.swap import BlockStore
@@ -194,6 +195,11 @@ class OpenVINOExecutor:
             self._request.set_tensor(name, tensor)
         self._readout = Readout(self.model_config.vocab_size)
         self._closed = False
+        # The plug-in packs the weights in the first inference.
+        first = Request("first", prompt=[0])
+        first.block_table = list(self._scratch_blocks[:1])
+        self.forward(self.batch([first], [1]))
+        use_huge_pages()
         report("check", 0.0)
         machine = f"{GRAPH_VERSION} {self.precision} {self._num_threads} {_processor()}"
         #: Whether results are independent of the batch on this machine, and how it was found.
