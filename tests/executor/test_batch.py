@@ -143,3 +143,21 @@ def test_decoding_is_never_extended(computed: int) -> None:
     assert batch.copies == []
     batch = build_batch([request(1, 0, 0, [1])], [1], 4, SCRATCH, min_chunk=2)
     assert arrays(batch)["input_ids"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"), [(1, 2), (5, 5), (9, 12), (17, 24), (25, 32), (33, 64), (64, 64), (65, 96)]
+)
+def test_rows_are_rounded_so_that_shapes_repeat(count: int, rows: int) -> None:
+    """By padding that nobody is sampled from, and that writes to the scratch block alone."""
+    tables = [[4 + index] for index in range(count)]
+    requests = [request(3, 1, 3, table) for table in tables]
+    batch = build_batch(requests, [1] * count, 4, SCRATCH, min_rows=2, rounds_rows=True)
+    assert batch.inputs["input_ids"].size == rows
+    assert batch.inputs["sample_rows"].size == rows
+    assert batch.inputs["sample_rows"][:count].tolist() == list(range(count))
+    assert batch.inputs["block_indices"].tolist() == [
+        *(4 + index for index in range(count)),
+        *[SCRATCH[0]] * (rows - count),
+    ]
+    assert batch.sampled == list(range(count))

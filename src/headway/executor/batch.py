@@ -59,6 +59,7 @@ def build_batch(
     scratch_blocks: Sequence[int],
     min_rows: int = 1,
     min_chunk: int = 1,
+    rounds_rows: bool = False,
 ) -> StepBatch:
     """Lay the scheduled tokens of ``requests`` end to end. O(tokens + blocks).
 
@@ -75,6 +76,9 @@ def build_batch(
         min_chunk: a chunk of fewer prompt tokens computes some before it once more. Attention for
             one token is another kernel than for several; so a prompt gives the same result even
             where a chunk of one token is left over. At most ``block_size`` + 1.
+        rounds_rows: pad to one of few numbers of rows. A step with as many as the last one is
+            spared the preparation of every operator for another shape, which takes longer than the
+            padding.
     """
     tokens: list[int] = []
     past_lens: list[int] = []
@@ -114,7 +118,8 @@ def build_batch(
             if params.needs_logits:
                 with_logits.append(len(sampled))
             sampled.append(index)
-    for _ in range(min_rows - len(tokens)):
+    least = _rounded(len(tokens)) if rounds_rows else len(tokens)
+    for _ in range(max(least, min_rows) - len(tokens)):
         # A sequence of one token, at the start of its context.
         tokens.append(_PADDING_TOKEN)
         past_lens.append(0)
@@ -133,8 +138,9 @@ def build_batch(
     if rated_rows:
         rows = np.concatenate([rows, np.array(rated_rows, dtype=np.int32)])
         logit_rows = [*with_logits, *range(len(sampled), len(rows))]
-    if 0 < len(rows) < min_rows:
-        rows = np.concatenate([rows, np.repeat(rows[-1:], min_rows - len(rows))])
+    least = max(_rounded(len(rows)) if rounds_rows else len(rows), min_rows)
+    if 0 < len(rows) < least:
+        rows = np.concatenate([rows, np.repeat(rows[-1:], least - len(rows))])
     return StepBatch(
         inputs={
             "input_ids": np.array(tokens, dtype=np.int32),
@@ -152,3 +158,11 @@ def build_batch(
         rated=rated,
         copies=copies,
     )
+
+
+def _rounded(count: int) -> int:
+    """The next of 1 … 8, 12, 16, 24, 32, 64, 96, …"""
+    for limit, multiple in ((8, 1), (16, 4), (32, 8)):
+        if count <= limit:
+            return -(-count // multiple) * multiple
+    return -(-count // 32) * 32

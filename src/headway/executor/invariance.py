@@ -26,7 +26,7 @@ __all__ = ["Invariance", "check_batch_invariance", "remembered_invariance"]
 FloatArray = npt.NDArray[np.float32]
 
 #: To be raised with every change of what is checked.
-_VERSION: Final = 4
+_VERSION: Final = 5
 _NUM_SEQS: Final = 7
 _PROMPT: Final = 40
 #: Sequences in a step. Larger than there are: the same ones several times over, which write the

@@ -235,6 +235,7 @@ class OpenVINOExecutor:
             self._scratch_blocks,
             min_rows=self.precision.min_rows,
             min_chunk=self.precision.min_chunk,
+            rounds_rows=True,
         )
 
     def forward(self, batch: StepBatch) -> StepResult:
