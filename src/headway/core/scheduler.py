@@ -538,7 +538,9 @@ class PriorityScheduler:
             for one in resident
         ]
         time = TimeBudget(self.cost_model, self._step_limit_ms, self.config.block_size)
+        spent_before = []
         for index, request in enumerate(resident):
+            spent_before.append(time.spent_ms)
             if request.slo is not None:
                 time.tighten(request.slo.max_step_ms)
             computed = request.num_computed_tokens
@@ -549,9 +551,7 @@ class PriorityScheduler:
             return NO_SHARES
         above = bisect_left(resident, request.key, key=self.policy.threshold)
         below = bisect_right(resident, self.policy.threshold(request), key=_KEY)
-        time.spent_ms = time.costs.step
-        for one, wanted in zip(resident[:above], wants, strict=False):
-            time.spend(wanted, one.num_computed_tokens)
+        time.spent_ms = spent_before[above]
         equals = list(zip(resident[above:below], wants[above:below], strict=True))
         return share_time(equals, time, has_first=not above)
 
