@@ -9,9 +9,10 @@ every instant: the clock cancels out of the comparison.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from headway.core.errors import ConfigError
+from headway.core.ranking import Ranked
 from headway.core.request import Request
 from headway.core.slo import SLOTable
 
@@ -19,10 +20,12 @@ __all__ = [
     "NOBODY",
     "POLICIES",
     "AgingPolicy",
+    "BuiltinPolicy",
     "DeadlinePolicy",
     "FCFSPolicy",
     "Key",
     "PriorityPolicy",
+    "Rankable",
     "SchedulingPolicy",
     "make_policy",
     "may_preempt",
@@ -33,6 +36,22 @@ Key = tuple[Any, ...]
 
 #: The threshold of a request that displaces nobody.
 NOBODY: Key = (math.inf,)
+
+
+class Rankable(Protocol):
+    """What the policies below look at in a request, be it Headway's own or another engine's."""
+
+    #: Smaller is more urgent.
+    @property
+    def priority(self) -> int: ...
+
+    #: In seconds, on the clock of the engine.
+    @property
+    def arrival_time(self) -> float | None: ...
+
+    #: When the first token is due, on the same clock; None = the request says nothing.
+    @property
+    def deadline(self) -> float | None: ...
 
 
 @runtime_checkable
@@ -58,7 +77,7 @@ class SchedulingPolicy(Protocol):
         ...
 
 
-def may_preempt(a: Request, b: Request) -> bool:
+def may_preempt(a: Ranked, b: Ranked) -> bool:
     """Whether ``a``, waiting, may take slots and blocks from ``b``; both must be ranked.
 
     The definition; the scheduler finds all such ``b`` at once, by bisection.
@@ -71,10 +90,10 @@ class FCFSPolicy:
 
     name = "fcfs"
 
-    def key(self, request: Request) -> Key:
+    def key(self, request: Rankable) -> Key:
         return (request.arrival_time,)
 
-    def threshold(self, request: Request) -> Key:
+    def threshold(self, request: Rankable) -> Key:
         return NOBODY
 
 
@@ -83,10 +102,10 @@ class PriorityPolicy:
 
     name = "priority"
 
-    def key(self, request: Request) -> Key:
+    def key(self, request: Rankable) -> Key:
         return (request.priority, request.arrival_time)
 
-    def threshold(self, request: Request) -> Key:
+    def threshold(self, request: Rankable) -> Key:
         return (request.priority, math.inf)
 
 
@@ -111,11 +130,11 @@ class AgingPolicy:
         self.tau = tau
         self.margin = _checked_margin(tau / 2 if margin is None else margin)
 
-    def key(self, request: Request) -> Key:
+    def key(self, request: Rankable) -> Key:
         assert request.arrival_time is not None
         return (request.arrival_time + request.priority * self.tau,)
 
-    def threshold(self, request: Request) -> Key:
+    def threshold(self, request: Rankable) -> Key:
         return (self.key(request)[0] + self.margin, math.inf)
 
 
@@ -145,7 +164,7 @@ class DeadlinePolicy:
             raise ConfigError(f"default_target is {default_target} s, must be at least 0")
         self.margin = _checked_margin(margin)
 
-    def _deadline(self, request: Request) -> float:
+    def _deadline(self, request: Rankable) -> float:
         if request.deadline is not None:
             return request.deadline
         assert request.arrival_time is not None
@@ -154,15 +173,18 @@ class DeadlinePolicy:
             return request.arrival_time + self.default_target
         return request.arrival_time + slo.ttft_ms / 1e3
 
-    def key(self, request: Request) -> Key:
+    def key(self, request: Rankable) -> Key:
         return (self._deadline(request), request.arrival_time)
 
-    def threshold(self, request: Request) -> Key:
+    def threshold(self, request: Rankable) -> Key:
         return (self._deadline(request) + self.margin, math.inf)
 
 
-#: The policies that can be chosen by name, with their defaults.
-POLICIES: dict[str, type[FCFSPolicy | PriorityPolicy | AgingPolicy | DeadlinePolicy]] = {
+#: The policies of this module: they rank other engines' requests, too.
+BuiltinPolicy: TypeAlias = FCFSPolicy | PriorityPolicy | AgingPolicy | DeadlinePolicy
+
+#: Those that can be chosen by name, with their defaults.
+POLICIES: dict[str, type[BuiltinPolicy]] = {
     policy.name: policy for policy in (FCFSPolicy, PriorityPolicy, AgingPolicy, DeadlinePolicy)
 }
 

@@ -9,6 +9,7 @@ waiting). This heap keeps ``heapq``'s order and its "bubble to a leaf, then up" 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from heapq import heappop, heappush
 from typing import Any, Generic, TypeVar
 
 from headway.core.errors import DuplicateRequest, UnknownRequest
@@ -95,9 +96,19 @@ class PriorityQueue(Generic[T]):
         position = self._index.get(item_id)
         return None if position is None else self._entries[position][2]
 
-    def sorted(self) -> list[T]:
-        """All items, smallest key first. O(n log n); the queue is left as it is."""
-        return [item for _, _, item in sorted(self._entries, key=lambda entry: entry[0])]
+    def in_order(self) -> Iterator[T]:
+        """The items, smallest key first, as far as they are asked for: O(k log k) for k of them.
+
+        The queue is left as it is, and must not change before the iterator has ended.
+        """
+        entries = self._entries
+        # Whoever comes next is a child of somebody who has come already (Frederickson, 1993).
+        frontier = [(entries[0][0], 0)] if entries else []
+        while frontier:
+            position = heappop(frontier)[1]
+            yield entries[position][2]
+            for child in range(2 * position + 1, min(2 * position + 3, len(entries))):
+                heappush(frontier, (entries[child][0], child))
 
     def __len__(self) -> int:
         return len(self._entries)

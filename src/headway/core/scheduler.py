@@ -30,6 +30,7 @@ from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong
 from headway.core.kv_cache_manager import KVCacheManager
 from headway.core.policy import NOBODY, Key, SchedulingPolicy
 from headway.core.priority_queue import PriorityQueue
+from headway.core.ranking import first_displaceable, fits_slots, rank_of
 from headway.core.reclaim import plan_victims
 from headway.core.request import Request, RequestStatus, check_priority
 from headway.core.scheduler_output import Preemption, SchedulerOutput
@@ -429,17 +430,15 @@ class PriorityScheduler:
         is admitted only if its whole need is met; otherwise nothing changes.
         """
         resident = self.resident
-        if len(resident) - index >= slots:  # else there is a slot for everybody
-            not_displaced = bisect_right(resident, request.threshold, lo=index, key=_KEY) - index
-            if not_displaced >= slots:
-                return False
+        if not fits_slots(request, resident, index, slots):
+            return False
         manager = self.block_manager
         request.block_table = manager.allocate(request.request_id)
         resident.insert(index, request)
         if self.mode in _BLOCKS_STAY:
             first_victim = len(resident)
         else:
-            first_victim = bisect_right(resident, request.threshold, lo=index + 1, key=_KEY)
+            first_victim = first_displaceable(request, resident, index + 1)
         if not self._extend(request, first_victim, output, now):
             del resident[index]
             manager.free(request.request_id)
@@ -664,7 +663,7 @@ class PriorityScheduler:
         """How many residents go before ``request``; all of them for None. O(log residents)."""
         if request is None:
             return len(self.resident)
-        return bisect_left(self.resident, request.key, key=_KEY)
+        return rank_of(request, self.resident)
 
     def _insert_resident(self, request: Request) -> None:
         self.resident.insert(self._rank_among_residents(request), request)

@@ -8,19 +8,33 @@ who have waited longest for it, and each gets its turn within a few steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from headway.core.cost_model import TimeBudget
-from headway.core.request import Request
 
-__all__ = ["NO_SHARES", "share_time"]
+__all__ = ["NO_SHARES", "Sharer", "share_time"]
 
 #: Everybody may compute as much as fits, in order of rank.
 NO_SHARES: Final[Mapping[str, int]] = {}
 
 
+class Sharer(Protocol):
+    """A resident request, as far as sharing time goes."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    #: The tokens that its next ones attend to.
+    @property
+    def num_computed_tokens(self) -> int: ...
+
+    #: The last step it was in.
+    @property
+    def last_step(self) -> int: ...
+
+
 def share_time(
-    equals: Sequence[tuple[Request, int]], time: TimeBudget, has_first: bool
+    equals: Sequence[tuple[Sharer, int]], time: TimeBudget, has_first: bool
 ) -> dict[str, int]:
     """Divide what is left of ``time`` among residents that do not outrank each other.
 
