@@ -1,0 +1,35 @@
+"""Headway's scheduling inside vLLM.
+
+::
+
+    vllm serve … --scheduling-policy priority --scheduler-cls headway.vllm.HeadwayScheduler
+
+vLLM keeps its engine, its executors and its KV cache; this package decides in each step who
+computes, who waits and who yields, with the policies and rules of ``headway.core``. It imports
+nothing else of Headway, so ``pip install --no-deps headway-llm`` beside vLLM is enough.
+
+``HeadwayScheduler`` is for vLLM as it is by default, with asynchronous scheduling;
+``HeadwaySyncScheduler`` for ``--no-async-scheduling``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headway.vllm.compatibility import SUPPORTED_VLLM, check_vllm
+
+if TYPE_CHECKING:
+    from headway.vllm.scheduler import HeadwayScheduler, HeadwaySyncScheduler
+
+__all__ = ["SUPPORTED_VLLM", "HeadwayScheduler", "HeadwaySyncScheduler"]
+
+
+def __getattr__(name: str) -> object:
+    # vLLM asks for the class by name. The version is looked at before anything else is imported
+    # from vLLM: what another version lacks would only raise an ImportError.
+    if name in ("HeadwayScheduler", "HeadwaySyncScheduler"):
+        check_vllm()
+        from headway.vllm import scheduler  # noqa: PLC0415
+
+        return getattr(scheduler, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
