@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httptools
@@ -185,23 +185,8 @@ class Client:
 
     async def stream(self, prompt: str, max_tokens: int, priority: int) -> Connection:
         """Begin a streaming completion of exactly ``max_tokens`` tokens."""
-        body = json.dumps(
-            {
-                "model": self.model,
-                "prompt": prompt,
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "priority": priority,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-        ).encode()
-        head = (
-            f"POST /v1/completions {self._headers}content-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
-        )
-        return await self._connect(head.encode() + body, is_stream=True)
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        return await self._post(prompt, max_tokens, priority, options, is_stream=True)
 
     async def complete(
         self, prompt: str, max_tokens: int, priority: int, timeout: float = 300.0
@@ -216,6 +201,47 @@ class Client:
             connection.close()
         return connection
 
+    async def answer(
+        self, prompt: str, max_tokens: int, priority: int, **options: Any
+    ) -> dict[str, Any]:
+        """A completion of exactly ``max_tokens`` tokens as one object.
+
+        Raises:
+            OSError: no answer, or another status than 200.
+        """
+        connection = await self._post(prompt, max_tokens, priority, options, is_stream=False)
+        await connection.done.wait()
+        connection.close()
+        if connection.error is not None:
+            raise OSError(f"/v1/completions: {connection.error}")
+        answer: dict[str, Any] = json.loads(connection.body)
+        return answer
+
+    async def _post(
+        self,
+        prompt: str,
+        max_tokens: int,
+        priority: int,
+        options: dict[str, Any],
+        is_stream: bool,
+    ) -> Connection:
+        body = json.dumps(
+            {
+                "model": self.model,
+                "prompt": prompt,
+                "max_tokens": max_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "priority": priority,
+                **options,
+            }
+        ).encode()
+        head = (
+            f"POST /v1/completions {self._headers}content-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
+        return await self._connect(head.encode() + body, is_stream)
+
     async def _connect(self, request: bytes, is_stream: bool) -> Connection:
         connection = Connection(request, is_stream)
         loop = asyncio.get_running_loop()
@@ -229,26 +255,48 @@ class Client:
 class Background:
     """Streams in a closed loop: each begins its next completion when the last has ended.
 
-    The first completions are of lengths between one token and all, evenly spread. Since all others
-    are as long as each other, the streams would otherwise stay in step for ever, and the figures
-    of a window would depend on where it cuts their common wave.
+    Args:
+        spread: the first completions are of lengths between one token and all, evenly spread.
+            Without, all are as long as each other, as when a batch is submitted at once, and the
+            streams go through the server in waves.
     """
 
     def __init__(
-        self, client: Client, prompts: Prompts, num_words: int, max_tokens: int, priority: int
+        self,
+        client: Client,
+        prompts: Prompts,
+        num_words: int,
+        max_tokens: int,
+        priority: int,
+        spread: bool = True,
     ) -> None:
         self.client = client
         self.prompts = prompts
         self.num_words = num_words
         self.max_tokens = max_tokens
         self.priority = priority
+        self.spread = spread
         self.connections: list[Connection] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._ended = asyncio.Event()
 
     def start(self, num_streams: int) -> None:
         for index in range(num_streams):
             first = -(-self.max_tokens * (index + 1) // num_streams)
-            self._tasks.append(asyncio.create_task(self._run(first)))
+            tokens = first if self.spread else self.max_tokens
+            self._tasks.append(asyncio.create_task(self._run(tokens)))
+
+    async def window(self, seconds: float) -> tuple[float, float]:
+        """Let at least the time pass, on to the end of a completion; returns begin and end.
+
+        Streams in waves give no tokens while their prompts are computed; a window from one end of
+        a wave to another holds as much of that as there is.
+        """
+        start = perf_counter()
+        await asyncio.sleep(seconds)
+        self._ended.clear()
+        await self._ended.wait()
+        return start, perf_counter()
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -268,6 +316,7 @@ class Background:
                 await connection.done.wait()
             finally:
                 connection.close()
+            self._ended.set()
             if connection.error is not None:
                 await asyncio.sleep(1.0)  # a server that refuses must not be flooded
             max_tokens = self.max_tokens

@@ -3,7 +3,8 @@
 Background: streams in a closed loop, 200 words in, 256 tokens out, priority 10. Urgent requests:
 64 words in, 16 tokens out, priority 0, as a Poisson process. First the urgent request alone on the
 idle server; then, with the background: warm-up, half of the time without urgent requests, the
-urgent window, the other half. Every prompt is different. Each server is started, measured and
+urgent window, the other half. Each of these windows ends with a background completion, so lasts a
+little longer than it is asked to. Every prompt is different. Each server is started, measured and
 stopped before the next.
 """
 
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -32,7 +34,6 @@ from openai_load import (
     allow_open_files,
     cpu_seconds,
     serve,
-    window,
 )
 from rich.console import Console
 from rich.table import Table
@@ -72,7 +73,7 @@ TARGETS: dict[str, dict[str, tuple[str, float]]] = {
 
 @dataclass(frozen=True)
 class Load:
-    """What is put on a server; times in seconds."""
+    """What is put on a server; times in seconds, ``spread`` as in ``Background``."""
 
     streams: int
     rate: float
@@ -80,6 +81,7 @@ class Load:
     warmup: float
     baseline: float
     seed: int
+    spread: bool = True
 
 
 async def measure(client: Client, load: Load, server: Server | None) -> dict[str, Any]:
@@ -96,22 +98,30 @@ async def measure(client: Client, load: Load, server: Server | None) -> dict[str
             raise SystemExit(f"the idle server does not serve: {one.error}")
 
     background = Background(
-        client, prompts, BACKGROUND_WORDS, BACKGROUND_TOKENS, BACKGROUND_PRIORITY
+        client,
+        prompts,
+        BACKGROUND_WORDS,
+        BACKGROUND_TOKENS,
+        BACKGROUND_PRIORITY,
+        spread=load.spread,
     )
     background.start(load.streams)
-    await asyncio.sleep(load.warmup)
-    quiet = [await window(load.baseline / 2)]
+    await background.window(load.warmup)
+    quiet = [await background.window(load.baseline / 2)]
     before = cpu_times(server)
-    start, end, requests = await arrivals(urgent, load)
+    async with arrivals(urgent, load) as requests:
+        start, end = await background.window(load.seconds)
     cpu = {name: seconds - before[name] for name, seconds in cpu_times(server).items()}
     under_load = await asyncio.gather(*requests)
-    quiet.append(await window(load.baseline / 2))
+    await background.window(0)
+    quiet.append(await background.window(load.baseline / 2))
     await background.stop()
 
     gaps = background.gaps(start, end)
     lengths = [after - before for before, after in gaps]
     rate = background.tokens(start, end) / (end - start)
-    quiet_rate = sum(background.tokens(*one) for one in quiet) / max(load.baseline, 1e-9)
+    quiet_seconds = sum(after - before for before, after in quiet)
+    quiet_rate = sum(background.tokens(*one) for one in quiet) / quiet_seconds
     served = [one for one in under_load if one.error is None]
     if not served or not gaps:
         raise SystemExit(f"nothing was served under load: {under_load and under_load[0].error}")
@@ -120,7 +130,7 @@ async def measure(client: Client, load: Load, server: Server | None) -> dict[str
         **latencies("urgent", served),
         "background tokens/s": rate,
         "background tokens/s without urgent": quiet_rate,
-        "background kept": rate / quiet_rate if quiet_rate else float("nan"),
+        "background kept": rate / quiet_rate,
         "background gap p50": percentile(lengths, 50),
         "background gap p99": percentile(lengths, 99),
         "background gap max": max(lengths),
@@ -154,18 +164,26 @@ def cpu_times(server: Server | None) -> dict[str, float]:
     return seconds
 
 
+@contextlib.asynccontextmanager
 async def arrivals(
     urgent: Callable[[], Any], load: Load
-) -> tuple[float, float, list[asyncio.Task[Connection]]]:
-    """Let urgent requests arrive; returns begin and end of that, and the requests."""
-    intervals = random.Random(load.seed)
+) -> AsyncIterator[list[asyncio.Task[Connection]]]:
+    """Let urgent requests arrive for the time of the context, into the list that it gives."""
     requests: list[asyncio.Task[Connection]] = []
-    start = due = perf_counter()
-    while (due := due + intervals.expovariate(load.rate)) < start + load.seconds:
-        await asyncio.sleep(due - perf_counter())
-        requests.append(asyncio.create_task(urgent()))
-    await asyncio.sleep(start + load.seconds - perf_counter())
-    return start, perf_counter(), requests
+
+    async def arrive() -> None:
+        intervals = random.Random(load.seed)
+        due = perf_counter()
+        while True:
+            due += intervals.expovariate(load.rate)
+            await asyncio.sleep(due - perf_counter())
+            requests.append(asyncio.create_task(urgent()))
+
+    arriving = asyncio.create_task(arrive())
+    try:
+        yield requests
+    finally:
+        arriving.cancel()
 
 
 def latencies(name: str, requests: Sequence[Connection]) -> dict[str, float]:
@@ -197,7 +215,7 @@ def uncovered(gaps: Sequence[tuple[float, float]], urgent: Sequence[Connection])
 
 
 #: figure, its unit, and by how much it is multiplied to be shown in it.
-_ROWS = (
+ROWS = (
     ("idle ttft p50", "ms", 1e3),
     ("idle end-to-end p50", "ms", 1e3),
     ("urgent ttft p50", "ms", 1e3),
@@ -222,9 +240,14 @@ _ROWS = (
 )
 
 
-def show(results: dict[str, Any]) -> None:
-    table = Table("", *results, title="urgent requests under load")
-    for figure, unit, factor in _ROWS:
+def show(
+    results: dict[str, Any],
+    title: str = "urgent requests under load",
+    rows: Sequence[tuple[str, str, float]] = ROWS,
+) -> None:
+    """Print the figures that ``judged`` has seen, a column for each server."""
+    table = Table("", *results, title=title)
+    for figure, unit, factor in rows:
         cells = []
         for one in results.values():
             text = "–"
@@ -238,16 +261,16 @@ def show(results: dict[str, Any]) -> None:
                 text = f"[{color}]{text} ({bound}: {word})[/]"
             cells.append(text)
         table.add_row(figure, *cells)
-    requests = [f"{sum(one['failures'].values())} failed" for one in results.values()]
-    table.add_row("failures", *requests)
+    failures = {name: one.get("failures", {}) for name, one in results.items()}
+    table.add_row("failures", *(str(sum(counts.values())) for counts in failures.values()))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    for name, one in results.items():
-        for error, count in one["failures"].items():
+    for name, counts in failures.items():
+        for error, count in counts.items():
             print(f"{name}: {count} × {error}")
 
 
-def judged(name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    targets = TARGETS.get(name, {})
+def judged(figures: dict[str, Any], targets: dict[str, tuple[str, float]]) -> dict[str, Any]:
+    """The figures with their targets, and which are met."""
     met = {
         figure: figures[figure] <= limit if sign == "<" else figures[figure] >= limit
         for figure, (sign, limit) in targets.items()
@@ -292,7 +315,8 @@ def main() -> None:
 
     def run(name: str, base_url: str, server: Server | None) -> None:
         client = Client(base_url, arguments.model, arguments.api_key)
-        results[name] = judged(name, uvloop.run(measure(client, load, server)))
+        figures = uvloop.run(measure(client, load, server))
+        results[name] = judged(figures, TARGETS.get(name, {}))
 
     results: dict[str, Any] = {}
     if arguments.base_url:
