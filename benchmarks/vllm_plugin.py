@@ -170,8 +170,8 @@ def show_outputs(results: dict[str, Any]) -> None:
             )
         print(
             f"  the log-probability of a token that both chose differs by "
-            f"{one['noise, p50']:.3f} in the median, {one['noise, p99']:.3f} in the 99th "
-            f"percentile, {one['noise, largest']:.3f} at most"
+            f"{one['noise, p50']:.2g} in the median, {one['noise, p99']:.2g} in the 99th "
+            f"percentile, {one['noise, largest']:.2g} at most"
         )
 
 

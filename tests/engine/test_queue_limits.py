@@ -49,7 +49,10 @@ def test_the_least_urgent_leaves_be_it_the_newcomer_or_not(
     assert refused[0] == "b"
     assert isinstance(refused[1], QueueFull)
     assert str(refused[1]) == "2 requests at least as urgent are waiting, no more may"
-    assert [one.request_id for one in list(engine.scheduler.waiting_heap.in_order())] == ["urgent", "a"]
+    assert [one.request_id for one in list(engine.scheduler.waiting_heap.in_order())] == [
+        "urgent",
+        "a",
+    ]
     drain(engine)
 
 

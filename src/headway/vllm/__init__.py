@@ -8,8 +8,7 @@ vLLM keeps its engine, its executors and its KV cache; this package decides in e
 computes, who waits and who yields, with the policies and rules of ``headway.core``. It imports
 nothing else of Headway, so ``pip install --no-deps headway-llm`` beside vLLM is enough.
 
-``HeadwayScheduler`` is for vLLM as it is by default, with asynchronous scheduling;
-``HeadwaySyncScheduler`` for ``--no-async-scheduling``.
+``HeadwayScheduler`` becomes a ``HeadwaySyncScheduler`` where vLLM has no asynchronous scheduling.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class HeadwayConfig:
             ``none``, or as much as keeps the step within a time such as ``40ms``.
         prefill_share: while more urgent work is about (it is there, or was within the last
             minute), the part of a step's tokens that less urgent prompts may have, so that nobody
-            waits for whole steps of them; 1 = no bound.
+            waits for whole steps of them; in a step with a more urgent prompt, no more than that
+            has. 1 = no bound.
         max_step_ms: no step is predicted to take longer, whoever is in it, so that whoever
             arrives need not wait long for the step in flight; None = no bound.
 
@@ -67,7 +68,7 @@ class HeadwayConfig:
     victim: Literal["cheapest", "last"] = "cheapest"
     max_preemptions: int = 3
     share: str = "all"
-    prefill_share: float = 0.25
+    prefill_share: float = 0.125
     max_step_ms: float | None = None
 
     def __post_init__(self) -> None:
@@ -115,10 +116,13 @@ class HeadwayConfig:
 
     def make_policy(self) -> BuiltinPolicy:
         """The policy that these settings name."""
-        for name in ("tau_s", "margin_s", "default_target_s"):
-            value = getattr(self, name)
-            if value is not None and not _is_number(value):
-                raise ConfigError(f"{name} is {value!r}, must be a number of seconds")
+        if not isinstance(self.policy, str) or self.policy not in POLICIES:
+            raise ConfigError(f"policy is {self.policy!r}, must be one of {', '.join(POLICIES)}")
+        for name in ("tau_s", "default_target_s"):
+            if not _is_number(getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, must be a number of seconds")
+        if self.margin_s is not None and not _is_number(self.margin_s):
+            raise ConfigError(f"margin_s is {self.margin_s!r}, must be a number of seconds")
         if self.policy == "aging":
             return AgingPolicy(self.tau_s, self.margin_s)
         if self.policy == "deadline":
@@ -128,8 +132,6 @@ class HeadwayConfig:
                     raise ConfigError(f"SLO {str(slo)!r} must have a ttft target and no other")
             margin = {} if self.margin_s is None else {"margin": self.margin_s}
             return DeadlinePolicy(slos, self.default_target_s, **margin)
-        if self.policy not in POLICIES:
-            raise ConfigError(f"policy is {self.policy!r}, must be one of {', '.join(POLICIES)}")
         return FCFSPolicy() if self.policy == "fcfs" else PriorityPolicy()
 
     @property

@@ -12,7 +12,8 @@ from headway.core.policy import BuiltinPolicy, Key
 
 __all__ = ["TTFT_ARG", "RankedRequest", "rank"]
 
-logger = init_logger(__name__)
+# Under vLLM's name, whose handlers it has: others of this process show warnings only.
+logger = init_logger(f"vllm.{__name__}")
 
 #: In the body's ``vllm_xargs``: milliseconds from its arrival until the first token is due.
 TTFT_ARG = "headway_ttft_ms"
@@ -83,9 +84,9 @@ def _deadline(request: Request) -> float | None:
     # vLLM has accepted the request, and the scheduler has no way to refuse it.
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         logger.warning_once(
-            "Headway: %s is %r, must be milliseconds, a number of at least 0; it is ignored.",
+            "Headway: %s is %s, must be milliseconds, a number of at least 0; it is ignored.",
             TTFT_ARG,
-            value,
+            repr(value),
         )
         return None
     return float(request.arrival_time) + value / 1e3

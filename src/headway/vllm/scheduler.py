@@ -37,7 +37,8 @@ from headway.vllm.step_plan import StepPlan
 
 __all__ = ["HeadwayScheduler", "HeadwaySchedulerMixin", "HeadwaySyncScheduler"]
 
-logger = init_logger(__name__)
+# Under vLLM's name, whose handlers it has: others of this process show warnings only.
+logger = init_logger(f"vllm.{__name__}")
 
 #: Seconds for which somebody urgent is expected after the last one came.
 _EXPECTATION_S = 60.0
@@ -137,7 +138,7 @@ class HeadwaySchedulerMixin(_AnyScheduler):  # type: ignore[misc]
         defers_prefills = throttle_prefills and not self.prefill_capacity_bound
         if defers_prefills or self._pause_state != PauseState.UNPAUSED:
             return
-        if self.kv_holding_waiting:
+        if len(self.kv_holding_waiting) > self.num_waiting_for_streaming_input:
             # vLLM admits those first; whom to displace for them is not ours to say.
             logger.warning_once(
                 "Headway displaces nobody while waiting requests hold KV blocks (streaming input)."
@@ -172,15 +173,19 @@ class HeadwaySchedulerMixin(_AnyScheduler):  # type: ignore[misc]
         """Whether vLLM, left alone, could do other than the ranking says. O(1)."""
         running, config = self.running, self.headway_config
         head: RankedRequest | None = self.waiting.peek_request().headway if self.waiting else None
+        num_slots = self.max_num_active_reqs - self.num_waiting_for_streaming_input - len(running)
         if not running:
             return config.max_step_ms is not None or (config.share != "all" and head is not None)
         last: Key = running[-1].headway.key
         return (
             config.max_step_ms is not None
             or self.lora_config is not None
-            or len(running) + self.num_waiting_for_streaming_input > self.max_num_active_reqs
+            or num_slots < 0
             or (head is not None and head.threshold < last)
-            or (config.share != "all" and running[0].headway.threshold < last)
+            or (
+                config.share != "all"
+                and ((head is not None and num_slots) or running[0].headway.threshold < last)
+            )
             or (bool(self._inflight_prefills or self.waiting) and self._expects_urgent())
             or not self._blocks.suffice(len(running), self.max_num_scheduled_tokens)
         )
@@ -188,7 +193,11 @@ class HeadwaySchedulerMixin(_AnyScheduler):  # type: ignore[misc]
     def _schedule_as_planned(self, throttle_prefills: bool) -> SchedulerOutput:
         clock = self._clock
         plan = StepPlan(self, self._blocks, None if clock is None else clock.budget())
-        plan.fill(list(map(_RANKED, self.running)), self._waiting_heads(throttle_prefills))
+        residents = list(map(_RANKED, self.running))
+        if self._pause_state == PauseState.PAUSED_ALL:
+            plan.paused = residents
+        else:
+            plan.fill(residents, self._waiting_heads(throttle_prefills))
         for victim in plan.evicted:
             self._evict(victim.request)
         paused = [one.request for one in plan.paused]
@@ -199,7 +208,7 @@ class HeadwaySchedulerMixin(_AnyScheduler):  # type: ignore[misc]
         num_active, num_tokens = self.max_num_active_reqs, self.max_num_scheduled_tokens
         in_step = len(self.running) + plan.num_admitted
         if in_step:
-            in_step += self.num_waiting_for_streaming_input + len(self.kv_holding_waiting)
+            in_step += len(self.kv_holding_waiting)
             self.max_num_active_reqs = min(num_active, in_step)
             # vLLM pads whoever it admits for its first token with as many drafts.
             padding = plan.num_admitted * self.num_spec_tokens
@@ -211,6 +220,12 @@ class HeadwaySchedulerMixin(_AnyScheduler):  # type: ignore[misc]
             self.max_num_scheduled_tokens = num_tokens
             self.running += paused
             self.running.sort(key=_KEY)
+
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        # A session whose turn ends with a token in flight would be enqueued a second time by it.
+        super()._preempt_request(request, timestamp, drop_stale_output or request.resumable)
 
     def _evict(self, request: Request) -> None:
         """Take a running request's blocks; it waits for its turn to recompute what is lost."""
@@ -229,8 +244,18 @@ class HeadwaySchedulerMixin(_AnyScheduler):  # type: ignore[misc]
 
 
 class HeadwayScheduler(HeadwaySchedulerMixin, AsyncScheduler):  # type: ignore[misc]
-    """For vLLM as it is by default, with asynchronous scheduling."""
+    """For ``--scheduler-cls``, with asynchronous scheduling, which is vLLM's default.
+
+    vLLM turns that off by itself for what cannot have it (CPUs, some ways of speculative decoding),
+    and does not swap a custom class then, as it does its own. So this one swaps itself.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        if cls is HeadwayScheduler and not config.scheduler_config.async_scheduling:
+            return HeadwaySyncScheduler(*args, **kwargs)
+        return super().__new__(cls)
 
 
 class HeadwaySyncScheduler(HeadwaySchedulerMixin, Scheduler):  # type: ignore[misc]
-    """For ``--no-async-scheduling``."""
+    """The same without asynchronous scheduling."""

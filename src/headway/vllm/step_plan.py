@@ -67,6 +67,8 @@ class StepPlan:
         self._first: RankedRequest | None = None
         #: Tokens left for prompts that nobody present has to wait for.
         self._prefill_tokens: int = scheduler.prefill_allowance
+        #: Tokens of prompts that somebody present has to wait for.
+        self._urgent_prefill_tokens = 0
         #: The resident that is given less than it could compute.
         self._cut: RankedRequest | None = None
         #: Nobody so far has gone without; else nobody ranked below may be admitted.
@@ -92,7 +94,7 @@ class StepPlan:
                     continue
                 end = first_displaceable(head.headway, residents, index)
             if index < end:
-                end = self._end_of_part(residents, index, end)
+                end = min(self._end_of_part(residents, index, end), index + self._slots)
                 if not self._place(residents, index, end):
                     break
                 index = end
@@ -134,7 +136,7 @@ class StepPlan:
         rides = self._rides(residents[start])
         if rides and self._config.share == "none":
             return False
-        part = residents[start : min(end, start + self._slots)]
+        part = residents[start:end]
         if self._first is None:
             self._first = residents[start]
         is_simple = self._time is None and self._blocks_suffice and not self._max_loras
@@ -182,6 +184,10 @@ class StepPlan:
 
     def _wanted(self, request: Request) -> int:
         """Tokens that a running request could compute in this step; 0 = all are in flight."""
+        placeholders = request.num_output_placeholders
+        last = request.num_prompt_tokens + request.max_tokens
+        if placeholders and request.num_computed_tokens + 2 - placeholders >= last:
+            return 0  # vLLM waits for its last token, which is in flight
         count: int = (
             request.num_tokens_with_spec
             + request.num_output_placeholders
@@ -200,9 +206,14 @@ class StepPlan:
         Args:
             count: fits all other budgets.
             outranks: the prompt belongs to a request that could displace somebody present: it is
-                what others are kept short for.
+                what others are kept short for. In its step they get no more than it does.
         """
-        if outranks or self._is_empty:
+        if outranks:
+            self._urgent_prefill_tokens += count
+            if self._config.prefill_share < 1:
+                self._prefill_tokens = min(self._prefill_tokens, self._urgent_prefill_tokens)
+            return count
+        if self._is_empty:
             return count
         count = min(count, self._prefill_tokens)
         self._prefill_tokens -= count
@@ -214,9 +225,16 @@ class StepPlan:
         if time is None:
             return None
         if rides:
-            time.tighten(self._config.share_ms)
+            self._tighten(time)
         wants = [(one, max(1, self._wanted(one.request))) for one in part]
         return share_time(wants, time, has_first=self._is_empty)
+
+    def _tighten(self, time: TimeBudget) -> None:
+        """Let the step take no longer than whoever rides along may make it.
+
+        Not ``time.tighten``: that leaves everybody some time, and those who ride have no claim.
+        """
+        time.limit_ms = min(time.limit_ms, self._config.share_ms)
 
     def _grow(self, one: RankedRequest, count: int, below: Sequence[RankedRequest]) -> bool:
         """Promise a resident the blocks for ``count`` tokens, at the cost of those below it."""
@@ -256,7 +274,7 @@ class StepPlan:
             self._evict(victims)
         self._blocks.num_available -= need.num_blocks
         self._rows -= 1
-        if self._first is None:
+        if self._first is None or ranked.key < self._first.key:
             self._first = ranked
         self._spend(head, count)
         self.num_admitted += 1
@@ -273,7 +291,7 @@ class StepPlan:
         time = self._time
         if time is not None:
             if rides:
-                time.tighten(self._config.share_ms)
+                self._tighten(time)
             count = time.affordable(count, need.num_cached_tokens, self._is_empty)
         return count
 
