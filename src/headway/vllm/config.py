@@ -68,7 +68,7 @@ class HeadwayConfig:
     victim: Literal["cheapest", "last"] = "cheapest"
     max_preemptions: int = 3
     share: str = "all"
-    prefill_share: float = 0.125
+    prefill_share: float = 0.25
     max_step_ms: float | None = None
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ class RankedRequest:
         self.key: Key = ()
         #: While waiting, it may displace exactly those whose key is above this.
         self.threshold: Key = ()
-        #: The last step it was in, counted while step time is bounded.
+        #: The last step in which it got a share of bounded time.
         self.last_step = -1
         #: Its blocks, as of when they were last asked for.
         self.block_table: Sequence[int] = ()

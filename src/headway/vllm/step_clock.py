@@ -27,8 +27,6 @@ class StepClock:
 
     def __init__(self, max_ms: float, min_chunk: int) -> None:
         self.cost_model = CostModel()
-        #: Steps scheduled that computed something.
-        self.num_steps = 0
         self._max_ms = max_ms
         self._min_chunk = min_chunk
         #: Of the steps in flight, in order: when it was scheduled (s), and what is in it.
@@ -41,23 +39,8 @@ class StepClock:
 
     def begin(self, output: SchedulerOutput, requests: Mapping[str, Request], now: float) -> None:
         """A step was scheduled at ``now`` (s). O(requests in it)."""
-        if not output.total_num_scheduled_tokens:
-            return
-        self.num_steps += 1
-        prefill_tokens = decodes = context_tokens = 0
-        prefill_context = 0.0
-        for request_id, count in output.num_scheduled_tokens.items():
-            request = requests[request_id]
-            request.headway.last_step = self.num_steps
-            computed = request.num_computed_tokens - count
-            if count == 1:
-                decodes += 1
-                context_tokens += computed
-            else:
-                prefill_tokens += count
-                prefill_context += count * (computed + count / 2)
-        features = StepFeatures(prefill_tokens, decodes, context_tokens, prefill_context)
-        self._in_flight.append((now, features))
+        if output.total_num_scheduled_tokens:
+            self._in_flight.append((now, _features(output, requests)))
 
     def end(self, output: SchedulerOutput, now: float) -> None:
         """The oldest step in flight has ended at ``now`` (s)."""
@@ -66,3 +49,24 @@ class StepClock:
         start, features = self._in_flight.popleft()
         self.cost_model.observe(features, 1e3 * (now - max(start, self._last_end)))
         self._last_end = now
+
+
+def _features(output: SchedulerOutput, requests: Mapping[str, Request]) -> StepFeatures:
+    """What is in a step; requests already count what they compute in it as computed."""
+    counts = output.num_scheduled_tokens
+    num_tokens = output.total_num_scheduled_tokens
+    if num_tokens == len(counts):  # the usual step: everybody decodes
+        context = sum([requests[request_id].num_computed_tokens for request_id in counts])
+        return StepFeatures(0, num_tokens, context - num_tokens)
+    prefill_tokens = context_tokens = 0
+    prefill_context = 0.0
+    for request_id, count in counts.items():
+        computed = requests[request_id].num_computed_tokens - count
+        if count == 1:
+            context_tokens += computed
+        else:
+            prefill_tokens += count
+            prefill_context += count * (computed + count / 2)
+    return StepFeatures(
+        prefill_tokens, num_tokens - prefill_tokens, context_tokens, prefill_context
+    )

@@ -163,6 +163,8 @@ class StepPlan:
                 if not self._grow(one, count, below):
                     self._admits = False
                     continue
+            if shares is not None:
+                one.last_step = self._scheduler.current_step
             if count < wanted:
                 self._cut = one
             else:
