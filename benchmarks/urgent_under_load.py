@@ -278,6 +278,29 @@ def judged(figures: dict[str, Any], targets: dict[str, tuple[str, float]]) -> di
     return figures | {"targets": targets, "met": met}
 
 
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """The options that ``load_of`` reads."""
+    parser.add_argument("--streams", type=int, default=32, help="in the background")
+    parser.add_argument("--rate", type=float, default=0.5, help="urgent requests a second")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of urgent requests")
+    parser.add_argument("--warmup", type=float, default=15.0, help="seconds")
+    parser.add_argument("--baseline", type=float, default=30.0, help="seconds without urgent ones")
+    parser.add_argument("--seed", type=int, default=SEED, help="of prompts and arrivals")
+
+
+def load_of(arguments: argparse.Namespace, spread: bool = True) -> Load:
+    """The load that the options describe."""
+    return Load(
+        arguments.streams,
+        arguments.rate,
+        arguments.seconds,
+        arguments.warmup,
+        arguments.baseline,
+        arguments.seed,
+        spread,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base-url", help="of a server that runs already, instead of starting any")
@@ -290,12 +313,7 @@ def main() -> None:
         help="start and measure this server instead of Headway's; {port} stands for the port",
     )
     parser.add_argument("--only", nargs="+", choices=SERVERS, help="of Headway's servers")
-    parser.add_argument("--streams", type=int, default=32, help="in the background")
-    parser.add_argument("--rate", type=float, default=0.5, help="urgent requests a second")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of urgent requests")
-    parser.add_argument("--warmup", type=float, default=15.0, help="seconds")
-    parser.add_argument("--baseline", type=float, default=30.0, help="seconds without urgent ones")
-    parser.add_argument("--seed", type=int, default=SEED, help="of prompts and arrivals")
+    add_load_options(parser)
     parser.add_argument("--model", help="as the server calls it; its first if none is given")
     parser.add_argument("--api-key")
     parser.add_argument(
@@ -303,14 +321,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON only")
     arguments = parser.parse_args()
-    load = Load(
-        arguments.streams,
-        arguments.rate,
-        arguments.seconds,
-        arguments.warmup,
-        arguments.baseline,
-        arguments.seed,
-    )
+    load = load_of(arguments)
     allow_open_files(4096)
 
     def run(name: str, base_url: str, server: Server | None) -> None:

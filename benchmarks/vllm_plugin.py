@@ -180,12 +180,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--spread", action="store_true", help="also 16 with streams out of step")
     parser.add_argument("--share", default="40ms", help="the step time of the third server")
-    parser.add_argument("--streams", type=int, default=32, help="in the background, at 16")
-    parser.add_argument("--rate", type=float, default=0.5, help="urgent requests a second")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of urgent requests")
-    parser.add_argument("--warmup", type=float, default=15.0, help="seconds")
-    parser.add_argument("--baseline", type=float, default=30.0, help="seconds without urgent ones")
-    parser.add_argument("--seed", type=int, default=load.SEED, help="of prompts and arrivals")
+    load.add_load_options(parser)
     parser.add_argument(
         "--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python", help="where vLLM is"
     )
@@ -198,15 +193,7 @@ def main() -> None:
     arguments = parser.parse_args()
     vllm = VLLM(arguments.vllm_python, arguments.model_dir, arguments.eager)
     allow_open_files(4096)
-    in_step = load.Load(
-        arguments.streams,
-        arguments.rate,
-        arguments.seconds,
-        arguments.warmup,
-        arguments.baseline,
-        arguments.seed,
-        spread=False,
-    )
+    in_step = load.load_of(arguments, spread=False)
     shared = f"share {arguments.share}"
     plugins = {
         "plug-in": ({}, DEFAULT_TARGETS),

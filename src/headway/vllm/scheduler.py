@@ -60,6 +60,8 @@ class HeadwaySchedulerMixin(_AnyScheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.headway_config = HeadwayConfig.parse(self.vllm_config.additional_config)
+        #: What a step may take that less urgent work rides along in (ms).
+        self.share_ms = self.headway_config.share_ms
         self._num_ranked = 0
         #: Until when (s, monotonic) somebody more urgent than others is expected.
         self._expects_until = -math.inf

@@ -190,11 +190,7 @@ class StepPlan:
         last = request.num_prompt_tokens + request.max_tokens
         if placeholders and request.num_computed_tokens + 2 - placeholders >= last:
             return 0  # vLLM waits for its last token, which is in flight
-        count: int = (
-            request.num_tokens_with_spec
-            + request.num_output_placeholders
-            - request.num_computed_tokens
-        )
+        count: int = request.num_tokens_with_spec + placeholders - request.num_computed_tokens
         return max(0, min(count, self._scheduler.max_prefill_tokens))
 
     @property
@@ -236,7 +232,7 @@ class StepPlan:
 
         Not ``time.tighten``: that leaves everybody some time, and those who ride have no claim.
         """
-        time.limit_ms = min(time.limit_ms, self._config.share_ms)
+        time.limit_ms = min(time.limit_ms, self._scheduler.share_ms)
 
     def _grow(self, one: RankedRequest, count: int, below: Sequence[RankedRequest]) -> bool:
         """Promise a resident the blocks for ``count`` tokens, at the cost of those below it."""
