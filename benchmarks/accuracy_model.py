@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from headway.core.request import Request, SamplingParams
+from headway.core.sampling_params import SamplingParams
+from headway.core.scheduler_output import StepRow
 from headway.engine.tokenizer import Tokenizer
 from headway.executor.openvino import OpenVINOExecutor
 
@@ -125,13 +126,13 @@ def prefill(
     stride = max(1, len(texts) * CONTEXT // positions)
     found = []
     for token_ids, expected in zip(texts, reference, strict=True):
-        (request,) = _requests(executor, [token_ids[:CONTEXT]])
-        turn = 0
-        while (start := request.num_computed_tokens) < CONTEXT:
+        (text,) = _texts(executor, [token_ids[:CONTEXT]])
+        start = turn = 0
+        while start < CONTEXT:
             size = min(_CHUNKS[turn % len(_CHUNKS)], CONTEXT - start)
             turn += 1
-            batch = executor.batch([request], [size])
-            # Requests want the logits of a prompt's last token only; here, all rows are wanted.
+            batch = executor.batch([text.row(start, size)])
+            # A row asks for the logits of its last token only; here, all are wanted.
             # The chunk's are the last ones of its sequence: a short chunk is computed with what
             # precedes it, and there may be padding sequences behind.
             rows = np.arange(batch.inputs["subsequence_begins"][1], dtype=np.int32)
@@ -140,7 +141,7 @@ def prefill(
             looked_at = np.arange(-start % stride, size, stride)
             following = [token_ids[start + row + 1] for row in looked_at]
             found.append(_measure(expected[start + looked_at], logits[looked_at], following))
-            request.num_computed_tokens += size
+            start += size
             advance(len(looked_at))
     return _concatenate(found)
 
@@ -156,41 +157,64 @@ def decode(
     steps = min(CONTEXT - 1, -(-positions // STREAMS))
     of_text = [stream % len(texts) for stream in range(STREAMS)]
     starts = [1 + stream * (CONTEXT - 1 - steps) // (STREAMS - 1) for stream in range(STREAMS)]
-    requests = _requests(
-        executor, [texts[index][:start] for index, start in zip(of_text, starts, strict=True)]
-    )
-    for request in requests:
-        while (left := request.num_prompt_tokens - request.num_computed_tokens) > 0:
-            executor.forward(executor.batch([request], [min(128, left)]))
-            request.num_computed_tokens += min(128, left)
+    streams = _texts(executor, [texts[index] for index in of_text], starts)
+    for stream, length in zip(streams, starts, strict=True):
+        for start in range(0, length, 128):
+            executor.forward(executor.batch([stream.row(start, min(128, length - start))]))
     found = []
-    for _ in range(steps):
-        at = [request.num_computed_tokens for request in requests]
-        for request, index, position in zip(requests, of_text, at, strict=True):
-            # As if it had been generated: a token behind the prompt is decoded, not prefilled.
-            request.token_ids.append(texts[index][position])
-        logits = executor.forward(executor.batch(requests, [1] * STREAMS)).logits
+    for step in range(steps):
+        at = [start + step for start in starts]
+        rows = [stream.row(position, 1) for stream, position in zip(streams, at, strict=True)]
+        logits = executor.forward(executor.batch(rows)).logits
         expected = [reference[index][position] for index, position in zip(of_text, at, strict=True)]
         following = [texts[index][n + 1] for index, n in zip(of_text, at, strict=True)]
         found.append(_measure(np.stack(expected), logits[:STREAMS], following))
-        for request in requests:
-            request.num_computed_tokens += 1
         advance(STREAMS)
     return _concatenate(found)
 
 
-def _requests(executor: OpenVINOExecutor, prompts: Sequence[Sequence[int]]) -> list[Request]:
-    """Sampling requests with blocks for a whole context each; they lie interleaved in the pool."""
-    needed = -(-CONTEXT // executor.block_size) * len(prompts)
+class _Text(NamedTuple):
+    """A sequence in the pool.
+
+    Attributes:
+        token_ids: all of them.
+        num_prompt_tokens: so many count as prompt; those behind it are decoded, not prefilled.
+        block_table: for a whole context.
+    """
+
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    block_table: tuple[int, ...]
+
+    def row(self, start: int, size: int) -> StepRow:
+        """A step's row that computes so many tokens, and draws one after them."""
+        return StepRow(
+            "text",
+            0,
+            tuple(self.token_ids[start : start + size]),
+            start,
+            self.block_table,
+            self.num_prompt_tokens,
+            SamplingParams(temperature=1.0),
+            seeds=(0,),
+            context=tuple(self.token_ids[max(0, start - 1) : start]),
+        )
+
+
+def _texts(
+    executor: OpenVINOExecutor,
+    texts: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int] | None = None,
+) -> list[_Text]:
+    """Texts with blocks for a whole context each; they lie interleaved in the pool."""
+    needed = -(-CONTEXT // executor.block_size) * len(texts)
     if needed > executor.num_blocks:
         raise SystemExit(f"the pool has {executor.num_blocks} blocks, {needed} are needed")
-    found = []
-    for index, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=1.0, seed=0)
-        request = Request(f"text-{index}", prompt=prompt, sampling_params=params)
-        request.block_table = list(range(index, needed, len(prompts)))
-        found.append(request)
-    return found
+    lengths = prompt_lengths or [len(token_ids) for token_ids in texts]
+    return [
+        _Text(token_ids, length, tuple(range(index, needed, len(texts))))
+        for index, (token_ids, length) in enumerate(zip(texts, lengths, strict=True))
+    ]
 
 
 def _measure(reference: Logits, ours: Logits, following: Sequence[int]) -> Measured:

@@ -2,8 +2,9 @@
 
 thread: ``AsyncEngine`` as it is. The step thread and the event loop share the interpreter's lock;
     inference releases it.
-process: the same ``AsyncEngine``, over a pipe to an ``Engine`` in a process of its own. Outputs
-    are sent once a step, pickled, and the step thread's place is taken by one that receives.
+process: the same ``AsyncEngine``, over a pipe to an ``Engine`` in a process of its own. Outputs and
+    changes of status are sent once a step, pickled, and the step thread's place is taken by one
+    that receives.
 
 In both, a consumer for each stream does what the server does for a chunk: words an event as JSON
 and writes it to a socket, which another process reads. Streams run in a closed loop; urgent
@@ -32,7 +33,9 @@ import psutil
 import uvloop
 
 from headway.core.request import Request, SamplingParams
+from headway.core.scheduler_output import SchedulerOutput
 from headway.engine.async_engine import AsyncEngine
+from headway.engine.client import EngineListener, StepReport
 from headway.engine.config import EngineConfig
 from headway.engine.engine import Engine
 from headway.engine.metrics import percentile
@@ -57,10 +60,10 @@ class StepTimes:
 
     def __init__(self, engine: Engine) -> None:
         self.ends: list[float] = []
-        engine.observers.append(lambda step: self.ends.append(step.end))
+        engine.listeners.append(lambda step, _: self.ends.append(step.end))
 
     def milliseconds(self, start: float, end: float) -> list[float]:
-        ends = [one for one in self.ends if start <= one < end]
+        ends = [moment for moment in self.ends if start <= moment < end]
         return [1e3 * (after - before) for before, after in itertools.pairwise(ends)]
 
 
@@ -73,6 +76,7 @@ def run_engine(pipe: Connection) -> None:
     times = StepTimes(engine)
     wake = threading.Event()
     engine.on_ingress = wake.set
+    engine.listeners.append(lambda step, outputs: pipe.send((step.changes, outputs)))
     window: list[float] = []
 
     def receive() -> None:
@@ -88,11 +92,11 @@ def run_engine(pipe: Connection) -> None:
                 wake.set()
 
     threading.Thread(target=receive, daemon=True).start()
-    pipe.send("ready")
+    pipe.send((engine.description, engine.statistics))
     while not window:
         wake.clear()
         if engine.has_work:
-            pipe.send([(one.request.request_id, *one[1:4]) for one in engine.step()])
+            engine.step()
         else:
             wake.wait()
     pipe.send(times.milliseconds(*window))
@@ -103,25 +107,26 @@ class RemoteEngine:
     """The part of an ``Engine`` that ``AsyncEngine`` needs here, over a pipe."""
 
     tokenizer = None
-    has_room = True
 
     def __init__(self) -> None:
         self.pipe, other = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         self.process = context.Process(target=run_engine, args=(other,), daemon=True)
         self.process.start()
-        self.requests: dict[str, Request] = {}
-        self.pipe.recv()
+        self.listeners: list[EngineListener] = []
+        self.unfinished: set[str] = set()
+        #: The first ones: the load asks for no later ones.
+        self.description, self.statistics = self.pipe.recv()
 
     def clock(self) -> float:
         return time.monotonic()
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests)
+        return bool(self.unfinished)
 
     def submit(self, request: Request) -> None:
-        self.requests[request.request_id] = request
+        self.unfinished.add(request.request_id)
         prompt, params = request.prompt_token_ids, request.sampling_params
         self.pipe.send(("submit", request.request_id, request.priority, prompt, params))
         self.on_ingress()  # set by ``AsyncEngine``
@@ -130,23 +135,23 @@ class RemoteEngine:
         self.pipe.send(("abort", request_id))
 
     def step(self) -> list[EngineOutput]:
-        outputs = []
-        for request_id, *rest in self.pipe.recv():
-            outputs.append(EngineOutput(self.requests[request_id], *rest))
-            if outputs[-1].finish_reason is not None:
-                del self.requests[request_id]
+        changes, outputs = self.pipe.recv()
+        self.unfinished -= {output.request_id for output in outputs if output.is_last}
+        report = StepReport(SchedulerOutput(), None, 0.0, 0.0, 0.0, 0.0, changes, 0)
+        for listener in self.listeners:
+            listener(report, outputs)
         return outputs
 
     def abort_all(self, error: Exception) -> None:
-        """Nobody listens any more."""
+        """Nothing listens any more."""
 
     def close(self) -> None:
         """The process ends with this one."""
 
     def milliseconds(self, start: float, end: float) -> list[float]:
         self.pipe.send(("window", start, end))
-        while (message := self.pipe.recv()) and isinstance(message[0], tuple):
-            pass  # outputs of the last steps
+        while isinstance(message := self.pipe.recv(), tuple):
+            pass  # of the last steps
         return message
 
 
@@ -223,7 +228,7 @@ async def measure(
 
 
 def cpu_times(server: psutil.Process, engine: psutil.Process) -> dict[str, float]:
-    """Seconds so far; others are the clients, and whoever disturbs the measurement."""
+    """Seconds so far; others are the clients, and what disturbs the measurement."""
     total = psutil.cpu_times()
     seconds = {"server process CPU s": sum(server.cpu_times()[:2]), "engine process CPU s": 0.0}
     if engine != server:
@@ -291,7 +296,7 @@ def main() -> None:
     for streams_name, places in results.items():
         print(f"{streams_name:<22}" + "".join(f"{place:>10}" for place in places))
         for name in places["thread"]:
-            values = "".join(f"{one[name]['median']:10.2f}" for one in places.values())
+            values = "".join(f"{figures[name]['median']:10.2f}" for figures in places.values())
             print(f"  {name:<20}{values}")
     print(f"written to {path}")
 

@@ -1,4 +1,4 @@
-"""What preemption costs, and that it changes nobody's output.
+"""What preemption costs, and that it changes no output.
 
 1. Resuming: a request that sat out for an urgent one goes on with the next step, and computes
    nothing twice.
@@ -15,7 +15,7 @@ import argparse
 import json
 import random
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -26,9 +26,11 @@ import machine
 from headway.core.config import SchedulerConfig
 from headway.core.request import Request, RequestStatus, SamplingParams
 from headway.core.scheduler import PriorityScheduler
-from headway.core.scheduler_output import SchedulerOutput
+from headway.core.scheduler_output import SchedulerOutput, StepRow
+from headway.engine.client import StepReport
 from headway.engine.config import EngineConfig
 from headway.engine.engine import Engine
+from headway.engine.outputs import EngineOutput, RequestMetrics
 from headway.engine.tokenizer import Tokenizer
 from headway.executor.openvino import OpenVINOExecutor
 from headway.models.registry import resolve
@@ -58,7 +60,7 @@ class Way(NamedTuple):
 
 
 ALONE = Way("alone", "none", 1, 256, is_disturbed=False)
-#: Odd budgets, so that chunks begin anywhere in a block; pools that do not hold everybody.
+#: Odd budgets, so that chunks begin anywhere in a block; pools that do not hold all requests.
 WAYS = (
     Way("in a batch", "none", 16, 256, is_disturbed=False),
     Way("pause", "pause", 8, 101),
@@ -69,6 +71,35 @@ WAYS = (
 )
 
 
+class Witness:
+    """A listener that keeps what an engine says of its requests.
+
+    Attributes:
+        steps: the ids of the requests in each step.
+        token_ids: generated, by request id.
+        statuses: where each request has been, by id, each status that differs from the last.
+        metrics: of the requests that have ended, by id.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.steps: list[set[str]] = []
+        self.token_ids: dict[str, list[int]] = defaultdict(list)
+        self.statuses: dict[str, list[RequestStatus]] = defaultdict(list)
+        self.metrics: dict[str, RequestMetrics] = {}
+        engine.listeners.append(self._listen)
+
+    def _listen(self, step: StepReport, outputs: Sequence[EngineOutput]) -> None:
+        self.steps.append({row.request_id for row in step.output})
+        for change in step.changes:
+            statuses = self.statuses[change.request_id]
+            if statuses[-1:] != [change.status]:  # a new rank is a change, too
+                statuses.append(change.status)
+        for output in outputs:
+            self.token_ids[output.request_id] += output.token_ids
+            if output.is_last and output.metrics is not None:
+                self.metrics[output.request_id] = output.metrics
+
+
 # ---------------------------------------------------------------------------- resuming
 
 
@@ -76,28 +107,25 @@ def measure_resume(executor: OpenVINOExecutor, prompts: Sequence[list[int]]) -> 
     """Urgent requests take the slots of decoding ones; how soon do those go on?"""
     num_seqs = 4
     engine = make_engine(executor, Way("resume", "auto", num_seqs, 256))
-    steps: list[set[str]] = []
-    engine.observers.append(lambda step: steps.append({one.request_id for one in step.output}))
+    witness = Witness(engine)
     resume_steps: list[int] = []
-    victims: list[Request] = []
-    for prompt in prompts:
-        group = [greedy(f"victim-{len(victims) + i}", prompt[i:], 24) for i in range(num_seqs)]
-        victims += group
-        for victim in group:
-            engine.submit(victim)
-        while min(victim.num_output_tokens for victim in group) < 4:
+    for turn, prompt in enumerate(prompts):
+        victims = [f"victim-{turn}-{index}" for index in range(num_seqs)]
+        for index, victim in enumerate(victims):
+            engine.submit(greedy(victim, prompt[index:], 24))
+        while min(len(witness.token_ids[victim]) for victim in victims) < 4:
             engine.step()
-        steps.clear()
-        urgent = greedy(f"urgent-{len(victims)}", prompts[0][::-1], 6, URGENT)
-        engine.submit(urgent)
+        witness.steps.clear()
+        urgent = f"urgent-{turn}"
+        engine.submit(greedy(urgent, prompts[0][::-1], 6, URGENT))
         while engine.has_work:
             engine.step()
-        end = max(index for index, ids in enumerate(steps) if urgent.request_id in ids)
-        for victim in group:
-            ran = [victim.request_id in ids for ids in steps]
+        end = max(index for index, ids in enumerate(witness.steps) if urgent in ids)
+        for victim in victims:
+            ran = [victim in ids for ids in witness.steps]
             if not all(ran[: end + 1]):  # it sat out
                 resume_steps.append(ran.index(True, end + 1) - end)
-    recomputed = sum(victim.num_recomputed_tokens for victim in victims)
+    recomputed = sum(metrics.num_recomputed_tokens for metrics in witness.metrics.values())
     return {
         "resumed": len(resume_steps),
         "steps_until_next_token_max": max(resume_steps),
@@ -119,20 +147,26 @@ def measure_swap(executor: OpenVINOExecutor, runs: int, chunk: int = 256) -> dic
         blocks = draw.sample(range(executor.num_blocks), 2 * num_blocks)
         slots = draw.sample(range(executor.num_swap_blocks), num_blocks)
         prompt = [draw.randrange(100, executor.vocab_size) for _ in range(SWAPPED_TOKENS)]
-        request = greedy("swapped", prompt, 1)
-        request.block_table = blocks[:num_blocks]
+        own, others = tuple(blocks[:num_blocks]), blocks[num_blocks:]
         start = perf_counter()
-        while request.num_computed_tokens < SWAPPED_TOKENS:
-            output = SchedulerOutput()
-            output.requests.append(request)
-            count = min(chunk, SWAPPED_TOKENS - request.num_computed_tokens)
-            output.num_scheduled_tokens.append(count)
-            executor.execute(output)
-            request.num_computed_tokens += count
+        for begin in range(0, SWAPPED_TOKENS, chunk):
+            tokens = tuple(prompt[begin : begin + chunk])
+            is_last = begin + len(tokens) == SWAPPED_TOKENS
+            row = StepRow(
+                "swapped",
+                0,
+                tokens,
+                begin,
+                own,
+                SWAPPED_TOKENS,
+                SamplingParams(temperature=0.0),
+                seeds=(None,) if is_last else (),
+                context=tuple(prompt[max(0, begin - 1) : begin]),
+            )
+            executor.execute(SchedulerOutput(rows=[row]))
         prefills.append(1e3 * (perf_counter() - start))
-        leave, come_back = SchedulerOutput(), SchedulerOutput()
-        leave.swap_out = list(zip(request.block_table, slots, strict=True))
-        come_back.swap_in = list(zip(slots, blocks[num_blocks:], strict=True))
+        leave = SchedulerOutput(swap_out=tuple(zip(own, slots, strict=True)))
+        come_back = SchedulerOutput(swap_in=tuple(zip(slots, others, strict=True)))
         start = perf_counter()
         executor.execute(leave)
         executor.execute(come_back)
@@ -157,6 +191,7 @@ def measure_swap(executor: OpenVINOExecutor, runs: int, chunk: int = 256) -> dic
 class Case:
     """One of the requests whose output must not change."""
 
+    request_id: str
     prompt: list[int]
     max_tokens: int
     #: Numbers of generated tokens at which it is made to yield.
@@ -179,64 +214,65 @@ def make_cases(count: int, num_tokens: int, tokenizer: Tokenizer) -> list[Case]:
         max_tokens = draw.randint(num_tokens // 2, num_tokens)
         number = 1 + index % MAX_DISTURBANCES
         points = sorted(draw.sample(range(1, max_tokens - 3), number))
-        cases.append(Case(prompt, max_tokens, points))
+        cases.append(Case(f"case-{index}", prompt, max_tokens, points))
     return cases
 
 
 class Driver:
     """Runs the cases and makes each yield at its points.
 
-    A request is demoted; where nobody waits for its slot or its blocks, urgent ones arrive. Once
+    A request is demoted; where no other waits for its slot or its blocks, urgent ones arrive. Once
     the request has yielded, it gets its rank back.
     """
 
     def __init__(self, engine: Engine, cases: Sequence[Case], is_disturbed: bool) -> None:
         self.engine = engine
+        self.witness = Witness(engine)
         self.cases = cases
         self.is_disturbed = is_disturbed
         self.random = random.Random(1)
-        self.requests = [
-            greedy(f"case-{index}", case.prompt, case.max_tokens)
-            for index, case in enumerate(cases)
-        ]
+        #: The requests that have been demoted and have not yielded yet.
+        self.demoted: set[str] = set()
         self.num_urgent = 0
 
-    def run(self) -> list[Request]:
-        for request in self.requests:
-            self.engine.submit(request)
+    def run(self) -> Witness:
+        for case in self.cases:
+            self.engine.submit(greedy(case.request_id, case.prompt, case.max_tokens))
         due = [list(case.points) for case in self.cases]
         while self.engine.has_work:
             self.engine.step()
             if self.is_disturbed:
-                for request, points in zip(self.requests, due, strict=True):
-                    self._disturb(request, points)
-        return self.requests
+                for case, points in zip(self.cases, due, strict=True):
+                    self._disturb(case.request_id, points)
+        return self.witness
 
-    def _disturb(self, request: Request, points: list[int]) -> None:
-        if request.is_finished:
+    def _disturb(self, request_id: str, points: list[int]) -> None:
+        status = self.witness.statuses[request_id][-1]
+        if status.is_finished:
             return
-        if request.priority == DEMOTED:
-            if request.status in YIELDED:
-                self.engine.set_priority(request.request_id, NORMAL)
-        elif points and request.num_output_tokens >= points[0]:
-            if request.status is RequestStatus.RUNNING:
+        if request_id in self.demoted:
+            if status in YIELDED:
+                self.demoted.remove(request_id)
+                self.engine.set_priority(request_id, NORMAL)
+        elif points and len(self.witness.token_ids[request_id]) >= points[0]:
+            if status is RequestStatus.RUNNING:
                 points.pop(0)
-                self.engine.set_priority(request.request_id, DEMOTED)
+                self.demoted.add(request_id)
+                self.engine.set_priority(request_id, DEMOTED)
                 self._interrupt()
-            elif request.status in YIELDED:
-                points.pop(0)  # somebody else's interruption has met it
+            elif status in YIELDED:
+                points.pop(0)  # the interruption of another request has met it
 
     def _interrupt(self) -> None:
-        """See to it that somebody wants what the demoted request has."""
-        scheduler = self.engine.scheduler
-        num_running = len(scheduler.running_queue)
-        if len(scheduler.requests) > num_running:
+        """See to it that some request wants what the demoted one has."""
+        description, now = self.engine.description, self.engine.statistics
+        if now.num_waiting + now.num_paused + now.num_swapped + now.num_preempted:
             return
-        num_available = scheduler.block_manager.num_available
-        if num_available < 8:  # one that needs a block more than there are
-            self._submit_urgent((num_available + 1) * scheduler.config.block_size)
+        num_available = round((1 - now.kv_cache_usage) * description.num_blocks)
+        if num_available < 8:  # a request that needs a block more than there are
+            self._submit_urgent((num_available + 1) * description.block_size)
         else:
-            for _ in range(scheduler.config.max_num_seqs - num_running + 1):
+            for _ in range(description.max_num_seqs - now.num_running + 1):
                 self._submit_urgent(self.random.randint(2, 40))
 
     def _submit_urgent(self, length: int) -> None:
@@ -247,65 +283,64 @@ class Driver:
 
 
 def run_alone(engine: Engine, cases: Sequence[Case]) -> None:
-    """Find out what each case's output is when nobody else is there."""
-    for index, case in enumerate(cases):
-        request = greedy(f"alone-{index}", case.prompt, case.max_tokens)
-        engine.submit(request)
+    """Find out what each case's output is when it has the engine to itself."""
+    witness = Witness(engine)
+    for case in cases:
+        engine.submit(greedy(case.request_id, case.prompt, case.max_tokens))
         while engine.has_work:
             engine.step()
         engine.scheduler.block_manager.reset_prefix_cache()
-        case.expected = request.output_token_ids
+        case.expected = witness.token_ids[case.request_id]
 
 
 def measure_way(executor: OpenVINOExecutor, way: Way, cases: Sequence[Case]) -> dict[str, Any]:
     """Run the cases this way and compare."""
     engine = make_engine(executor, way)
-    widths: list[int] = []
-    engine.observers.append(lambda step: widths.append(len(step.output)))
     start = perf_counter()
-    requests = Driver(engine, cases, way.is_disturbed).run()
+    witness = Driver(engine, cases, way.is_disturbed).run()
     seconds = perf_counter() - start
-    yields = [
-        Counter(status.value for _, status in request.transitions if status in YIELDED)
-        for request in requests
-    ]
-    times = [
+    times = []
+    for case in cases:
+        counts = Counter(witness.statuses[case.request_id])
+        num_yields = sum(counts[status] for status in YIELDED)
         # A tail that was taken leaves no trace in the status.
-        max(sum(counts.values()), counts["paused"] + request.num_preemptions)
-        for counts, request in zip(yields, requests, strict=True)
-    ]
+        num_losses = witness.metrics[case.request_id].num_preemptions
+        times.append(max(num_yields, counts[RequestStatus.PAUSED] + num_losses))
     mismatches = [
-        describe_mismatch(executor, index, case, request.output_token_ids)
-        for index, (case, request) in enumerate(zip(cases, requests, strict=True))
-        if request.output_token_ids != case.expected
+        describe_mismatch(executor, case, witness.token_ids[case.request_id])
+        for case in cases
+        if witness.token_ids[case.request_id] != case.expected
     ]
     return {
         "equal": len(cases) - len(mismatches),
         "of": len(cases),
         "disturbed": sum(count > 0 for count in times),
         "yields_per_request": f"{min(times)} … {max(times)}",
-        "preemptions": engine.scheduler.statistics().preemptions,
-        "recomputed_tokens": engine.scheduler.statistics().num_recomputed_tokens,
-        "largest_batch": max(widths),
+        "preemptions": engine.statistics.preemptions,
+        "recomputed_tokens": sum(engine.statistics.recomputed_tokens.values()),
+        "largest_batch": max(map(len, witness.steps)),
         "seconds": round(seconds, 1),
         "mismatches": mismatches,
         "met": not mismatches and (not way.is_disturbed or min(times) > 0),
     }
 
 
-def describe_mismatch(
-    executor: OpenVINOExecutor, index: int, case: Case, got: list[int]
-) -> dict[str, Any]:
+def describe_mismatch(executor: OpenVINOExecutor, case: Case, got: list[int]) -> dict[str, Any]:
     """Where the outputs part, and how close the two tokens were. Overwrites the pool."""
-    pairs = enumerate(zip(case.expected, got, strict=False))
-    at = next((n for n, (one, other) in pairs if one != other), min(len(case.expected), len(got)))
-    report: dict[str, Any] = {"case": index, "prompt_tokens": len(case.prompt), "position": at}
-    if at < min(len(case.expected), len(got)):
+    shorter = min(len(case.expected), len(got))
+    parted = (at for at in range(shorter) if case.expected[at] != got[at])
+    at = next(parted, shorter)
+    report: dict[str, Any] = {
+        "case": case.request_id,
+        "prompt_tokens": len(case.prompt),
+        "position": at,
+    }
+    if at < shorter:
         prompt = case.prompt + case.expected[:at]
-        params = SamplingParams(max_tokens=1, temperature=1.0, seed=0)
-        request = Request("probe", prompt=prompt, sampling_params=params)
-        request.block_table = list(range(-(-len(prompt) // executor.block_size)))
-        logits = executor.forward(executor.batch([request], [len(prompt)])).logits
+        blocks = tuple(range(-(-len(prompt) // executor.block_size)))
+        params = SamplingParams(temperature=1.0)
+        row = StepRow("probe", 0, tuple(prompt), 0, blocks, len(prompt), params, seeds=(0,))
+        logits = executor.forward(executor.batch([row])).logits
         wanted, found = case.expected[at], got[at]
         report |= {"expected": wanted, "got": found}
         report["logit_gap"] = round(float(logits[0, wanted] - logits[0, found]), 5)
@@ -358,7 +393,8 @@ def main() -> int:
     results["determinism"] = determinism
 
     file = machine.write("preemption", results)
-    is_met = all(one["met"] for one in (results["swap"], results["resume"], *determinism.values()))
+    parts = (results["swap"], results["resume"], *determinism.values())
+    is_met = all(part["met"] for part in parts)
     if arguments.json:
         json.dump(results, sys.stdout, indent=2)
         return not is_met
@@ -374,13 +410,13 @@ def main() -> int:
         f"ms, recomputed: {swap['recompute_ms']['median']:.0f} ms, ratio {swap['ratio']:.3f} "
         f"(target {MAX_SWAP_RATIO})"
     )
-    for name, one in determinism.items():
+    for name, way in determinism.items():
         print(
-            f"{name}: {one['equal']} of {one['of']} outputs equal; yields a request "
-            f"{one['yields_per_request']}, {one['preemptions']}, {one['recomputed_tokens']} tokens "
-            f"recomputed, batches to {one['largest_batch']}, {one['seconds']} s"
+            f"{name}: {way['equal']} of {way['of']} outputs equal; yields a request "
+            f"{way['yields_per_request']}, {way['preemptions']}, {way['recomputed_tokens']} tokens "
+            f"recomputed, batches to {way['largest_batch']}, {way['seconds']} s"
         )
-        for mismatch in one["mismatches"]:
+        for mismatch in way["mismatches"]:
             print(f"  {mismatch}")
     print(f"written to {file}")
     return not is_met

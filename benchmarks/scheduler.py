@@ -60,10 +60,7 @@ class Load:
         start = perf_counter()
         output = self.scheduler.schedule()
         scheduled = perf_counter() - start
-        sampled = [
-            100 if one.num_computed_tokens + count == one.num_tokens else None
-            for one, count in zip(output, output.num_scheduled_tokens, strict=True)
-        ]
+        sampled = [(100,) if row.seeds else () for row in output]
         start = perf_counter()
         finished = self.scheduler.update_from_output(output, sampled)
         updated = perf_counter() - start
@@ -81,7 +78,7 @@ def measure(num_waiting: int, num_steps: int) -> dict[str, float]:
     gc.collect()
     gc.freeze()
     steps = [load.step() for _ in range(num_steps)]
-    waiting = [one.request_id for one in load.scheduler.waiting_heap]
+    waiting = [request.request_id for request in load.scheduler.waiting_heap]
     victims = load.random.sample(waiting, min(500, len(waiting)))
     start = perf_counter()
     for request_id in victims:
@@ -113,7 +110,7 @@ def main() -> None:
             runs[waiting].append(measure(waiting, arguments.steps))
     results = {
         str(waiting): {
-            name: machine.summary([one[name] for one in measured]) for name in measured[0]
+            name: machine.summary([figures[name] for figures in measured]) for name in measured[0]
         }
         for waiting, measured in runs.items()
     }

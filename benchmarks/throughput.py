@@ -16,15 +16,17 @@ import random
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any
 
 import machine
 
 from headway.core.request import Request, SamplingParams
+from headway.engine.client import StepReport
 from headway.engine.config import EngineConfig
-from headway.engine.engine import Engine, Step
+from headway.engine.engine import Engine
+from headway.engine.outputs import EngineOutput
 
 PREFILL_TOKENS = 512
 CONTEXT = 128
@@ -52,17 +54,17 @@ class Bench:
         #: Seconds in each part of the current step.
         self.parts: dict[str, float] = defaultdict(float)
         #: Steps since ``run`` began, with their parts.
-        self.steps: list[tuple[Step, dict[str, float]]] = []
+        self.steps: list[tuple[StepReport, dict[str, float]]] = []
         for owner, method, part in (  # they do not overlap
             (engine.scheduler, "schedule", "schedule"),
             (engine.executor, "batch", "build batch"),
             (engine.executor, "forward", "infer"),
             (engine, "_learn", "cost model"),
             (engine.scheduler, "update_from_output", "update"),
-            (engine, "_to_output", "detokenise"),
+            (engine, "_advance", "detokenise"),
         ):
             self._time(owner, method, part)
-        engine.observers.append(self._observe)
+        engine.listeners.append(self._listen)
 
     def _time(self, owner: Any, method: str, part: str) -> None:
         function = getattr(owner, method)
@@ -77,7 +79,7 @@ class Bench:
 
         setattr(owner, method, timed)
 
-    def _observe(self, step: Step) -> None:
+    def _listen(self, step: StepReport, _: Sequence[EngineOutput]) -> None:
         self.steps.append((step, dict(self.parts)))
         self.parts.clear()
 
@@ -152,10 +154,10 @@ def main() -> None:
 
     results: dict[str, Any] = {f"prefill {PREFILL_TOKENS}": machine.summary(prefills)}
     for batch, runs in decodes.items():
-        results[f"decode {batch}"] = machine.summary([one["tokens_per_s"] for one in runs])
+        results[f"decode {batch}"] = machine.summary([figures["tokens_per_s"] for figures in runs])
     for batch, runs in decodes.items():
         results[f"step at batch {batch}"] = {
-            name: machine.summary([one[name] for one in runs])
+            name: machine.summary([figures[name] for figures in runs])
             for name in runs[0]
             if name != "tokens_per_s"
         }

@@ -35,9 +35,9 @@ from headway import (
     SamplingParams,
     SchedulerConfig,
 )
-from headway.engine.engine import Step
+from headway.engine.client import StepReport
 from headway.engine.metrics import percentile
-from headway.engine.outputs import metrics_of
+from headway.engine.outputs import EngineOutput, RequestMetrics
 from headway.executor.simulated import SimulatedExecutor, VirtualClock
 
 MAX_NUM_SEQS = 2
@@ -47,8 +47,8 @@ BLOCK_SIZE = 32
 #: Prompt lengths, in tokens, drawn for each request from a fixed seed.
 PROMPT_TOKENS = (64, 96)
 SEED = 2
-#: Decode steps that fit into a second of a scenario. At 20, nobody ever has to wait for a slot in
-#: two of the three scenarios, and no policy could differ from another.
+#: Decode steps that fit into a second of a scenario. At 20, no request ever has to wait for a slot
+#: in two of the three scenarios, and no policy could differ from another.
 STEPS_PER_SECOND = 4
 #: ms a step, a prefill token, a decoding sequence, a context token: two sequences of 100 tokens
 #: decode in 250 ms, so that a second holds ``STEPS_PER_SECOND`` such steps.
@@ -111,7 +111,7 @@ SCENARIOS: dict[str, tuple[Arrival, ...]] = {
 
 #: Where preemption has little or nothing to give.
 LIMITS: dict[str, tuple[Arrival, ...]] = {
-    "light_load": tuple(one._replace(at=5 * one.at) for one in SCENARIOS["mixed_load"]),
+    "light_load": tuple(arrival._replace(at=5 * arrival.at) for arrival in SCENARIOS["mixed_load"]),
     "equal_classes": tuple(Arrival(i, 0, 30) for i in range(10)),
     "mostly_urgent": tuple(Arrival(i, int(i in (0, 5)), 30) for i in range(10)),
     "long_urgent": (
@@ -200,7 +200,7 @@ class Backend(Protocol):
         ...
 
     def make_engine(self, policy: Policy) -> Engine:
-        """An engine with an empty pool that nobody has used."""
+        """A new engine with an empty pool."""
         ...
 
     def calibrate(self) -> None:
@@ -296,11 +296,11 @@ class ModelBackend:
         engine = self.make_engine(POLICIES[0])
         durations: list[float] = []
 
-        def observe(step: Step) -> None:
+        def listen(step: StepReport, _: Sequence[EngineOutput]) -> None:
             if step.output.features.decode_seqs == MAX_NUM_SEQS:
                 durations.append(step.execute_end - step.execute_start)
 
-        engine.observers.append(observe)
+        engine.listeners.append(listen)
         arrivals = [Arrival(0, 0, 16)] * MAX_NUM_SEQS
         for request in make_requests(arrivals, self.encode):
             engine.submit(request)
@@ -359,6 +359,29 @@ def make_requests(
     return requests
 
 
+class Witness:
+    """A listener that keeps what an engine says of its requests.
+
+    Attributes:
+        token_ids: generated, by request id.
+        metrics: of the requests that have ended, by id.
+        swapped: blocks copied between pool and swap space, of each step.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.token_ids: dict[str, list[int]] = {}
+        self.metrics: dict[str, RequestMetrics] = {}
+        self.swapped: list[int] = []
+        engine.listeners.append(self._listen)
+
+    def _listen(self, step: StepReport, outputs: Sequence[EngineOutput]) -> None:
+        self.swapped.append(step.output.num_swapped_blocks)
+        for output in outputs:
+            self.token_ids.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.is_last and output.metrics is not None:
+                self.metrics[output.request_id] = output.metrics
+
+
 def pool_size(
     arrivals: Sequence[Arrival], encode: Callable[[str], list[int]], num_requests: int = 2
 ) -> int:
@@ -369,14 +392,15 @@ def pool_size(
 
 
 def outputs_alone(backend: Backend, arrivals: Sequence[Arrival]) -> list[list[int]]:
-    """What every request generates when nobody else is there."""
+    """What every request generates when it has the engine to itself."""
     outputs = []
     for request in make_requests(arrivals, backend.encode):
         engine = backend.make_engine(POLICIES[0])
+        witness = Witness(engine)
         engine.submit(request)
         while engine.has_work:
             engine.step()
-        outputs.append(request.output_token_ids)
+        outputs.append(witness.token_ids[request.request_id])
     return outputs
 
 
@@ -391,8 +415,7 @@ def run_once(
     backend.calibrate()
     scale = backend.time_scale
     engine = backend.make_engine(policy)
-    swapped: list[int] = []
-    engine.observers.append(lambda step: swapped.append(step.output.num_swapped_blocks))
+    witness = Witness(engine)
     begin = engine.clock()
     requests = make_requests(arrivals, backend.encode, begin, scale)
     moments = [begin + arrival.at * scale for arrival in arrivals]
@@ -405,33 +428,32 @@ def run_once(
             engine.step()
         else:
             backend.wait_until(moments[submitted])
-    total = (max(request.finish_time or 0.0 for request in requests) - begin) / scale
-    scheduled = engine.scheduler.statistics()
-    latencies = [(metrics_of(request).latency or 0.0) / scale for request in requests]
+    metrics = [witness.metrics[request.request_id] for request in requests]
+    total = (max(each.finish_time or 0.0 for each in metrics) - begin) / scale
+    latencies = [(each.latency or 0.0) / scale for each in metrics]
     return Result(
         scenario=scenario,
         policy=policy.name,
         time_scale=scale,
         total=total,
-        throughput=sum(request.num_output_tokens for request in requests) / total,
-        classes=_by_class(requests, scale),
+        throughput=sum(each.num_output_tokens for each in metrics) / total,
+        classes=_by_class(metrics, scale),
         latency_mean=statistics.fmean(latencies),
-        preemptions=dict(scheduled.preemptions),
-        num_recomputed_tokens=scheduled.num_recomputed_tokens,
-        num_swapped_blocks=sum(swapped),
-        num_steps=len(swapped),
-        outputs_equal=[request.output_token_ids for request in requests] == list(alone),
+        preemptions=dict(engine.statistics.preemptions),
+        num_recomputed_tokens=sum(engine.statistics.recomputed_tokens.values()),
+        num_swapped_blocks=sum(witness.swapped),
+        num_steps=len(witness.swapped),
+        outputs_equal=[witness.token_ids[each.request_id] for each in metrics] == list(alone),
     )
 
 
-def _by_class(requests: Iterable[Request], scale: float) -> dict[int, ClassResult]:
+def _by_class(ended: Iterable[RequestMetrics], scale: float) -> dict[int, ClassResult]:
     latencies: dict[int, list[float]] = {}
     ttfts: dict[int, list[float]] = {}
-    for request in requests:
-        metrics = metrics_of(request)
+    for metrics in ended:
         assert metrics.latency is not None and metrics.ttft is not None
-        latencies.setdefault(request.priority, []).append(metrics.latency / scale)
-        ttfts.setdefault(request.priority, []).append(metrics.ttft / scale)
+        latencies.setdefault(metrics.priority, []).append(metrics.latency / scale)
+        ttfts.setdefault(metrics.priority, []).append(metrics.ttft / scale)
     return {
         priority: ClassResult(
             statistics.fmean(latencies[priority]),
@@ -454,12 +476,12 @@ def median_of(results: Sequence[Result]) -> Result:
         if isinstance(first, str):
             return first
         if isinstance(first, dict):
-            keys = sorted({key for one in found for key in one})
-            return {key: median(one.get(key, 0) for one in found) for key in keys}
+            keys = sorted({key for figures in found for key in figures})
+            return {key: median(figures.get(key, 0) for figures in found) for key in keys}
         return statistics.median(found)
 
     merged = median(asdict(result) for result in results)
-    merged["classes"] = {key: ClassResult(**one) for key, one in merged["classes"].items()}
+    merged["classes"] = {key: ClassResult(**figures) for key, figures in merged["classes"].items()}
     return Result(**merged)
 
 
@@ -515,13 +537,13 @@ def rows_of(results: Sequence[Result]) -> list[list[str]]:
     for result in results:
         cells: dict[int, list[str]] = {}
         for priority in (0, 1):
-            one = result.classes.get(priority)
+            figures = result.classes.get(priority)
             cells[priority] = ["–"] * 3
-            if one is not None:
+            if figures is not None:
                 cells[priority] = [
-                    f"{one.latency_mean:.2f}",
-                    f"{one.latency_p99:.2f}",
-                    f"{one.ttft_mean:.2f} / {one.ttft_p99:.2f}",
+                    f"{figures.latency_mean:.2f}",
+                    f"{figures.latency_p99:.2f}",
+                    f"{figures.ttft_mean:.2f} / {figures.ttft_p99:.2f}",
                 ]
         yields = [f"{count:g} {mode}" for mode, count in sorted(result.preemptions.items())]
         rows.append(
@@ -533,7 +555,7 @@ def rows_of(results: Sequence[Result]) -> list[list[str]]:
                 cells[1][2],
                 f"{result.total:.2f}",
                 f"{result.throughput:.1f}",
-                ", ".join(one for one in yields if not one.startswith("0 ")) or "–",
+                ", ".join(text for text in yields if not text.startswith("0 ")) or "–",
                 f"{result.num_recomputed_tokens:g}",
                 "yes" if result.outputs_equal else "NO",
             ]
@@ -545,7 +567,7 @@ def print_tables(results: Sequence[Result], as_markdown: bool) -> None:
     """One table a scenario."""
     console = Console()
     for scenario in dict.fromkeys(result.scenario for result in results):
-        rows = rows_of([one for one in results if one.scenario == scenario])
+        rows = rows_of([result for result in results if result.scenario == scenario])
         if as_markdown:
             print(f"\n**{scenario}**\n")
             print("| " + " | ".join(COLUMNS) + " |")
@@ -576,8 +598,8 @@ def plot(results: Sequence[Result], title: str, path: Path) -> None:
                 if priority in result.classes
             ]
             places = [place for place, _ in shown]
-            means = [one.latency_mean for _, one in shown]
-            tails = [one.latency_p99 for _, one in shown]
+            means = [figures.latency_mean for _, figures in shown]
+            tails = [figures.latency_p99 for _, figures in shown]
             axis.barh(places, means, height=0.38, color=colour, label=f"{label}, mean")
             axis.hlines(places, means, tails, color=colour, linewidth=1)
             axis.plot(tails, places, "|", color=colour, markersize=9, label=f"{label}, p99")
@@ -593,7 +615,7 @@ def plot(results: Sequence[Result], title: str, path: Path) -> None:
     labels = sorted(handles)
     figure.suptitle(title, fontsize=11)
     figure.legend(
-        [handles[one] for one in labels],
+        [handles[label] for label in labels],
         labels,
         loc="lower center",
         ncols=4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -11,6 +12,7 @@ from tiny_models import add_byte_tokenizer
 
 from headway.core import invariants
 from headway.core.config import SchedulerConfig
+from headway.core.request import Request
 from headway.core.scheduler import PriorityScheduler
 from headway.engine.engine import Clock, Engine
 from headway.engine.llm import LLM
@@ -31,13 +33,23 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
+
+class CheckedScheduler(PriorityScheduler):
+    """A scheduler whose invariants hold after every step, or the step fails."""
+
+    def update_from_output(self, *arguments: Any) -> list[Request]:
+        finished = super().update_from_output(*arguments)
+        invariants.check(self)
+        return finished
+
+
 #: Builds an engine; see ``make_engine``.
 MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session")
-def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Every byte is a token of the same number; token 256 ends a text."""
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's file without weights: every byte is a token of the same number; 256 ends a text."""
     path = tmp_path_factory.mktemp("tokenizer") / "bytes.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     add_byte_tokenizer(writer)
@@ -45,7 +57,13 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return Tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(byte_model: Path) -> Tokenizer:
+    """The tokenizer of ``byte_model``."""
+    return Tokenizer(byte_model)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +79,8 @@ def make_engine(story: str, byte_tokenizer: Tokenizer) -> Iterator[MakeEngine]:
     The byte at a position of the sequence is that of the story; so a request with the story's
     first k bytes as prompt is answered with what follows. Settings are those of
     ``SchedulerConfig`` and ``Engine``; ``executor`` replaces the simulated one. The executor checks
-    every block's contents, and at the end of the test every engine must be idle.
+    every block's contents, the scheduler its invariants, and at the end of the test every engine
+    must be idle.
     """
     story_bytes = story.encode()
     engines: list[Engine] = []
@@ -96,7 +115,7 @@ def make_engine(story: str, byte_tokenizer: Tokenizer) -> Iterator[MakeEngine]:
             )
         engine = Engine(
             executor,
-            PriorityScheduler(config=config),
+            CheckedScheduler(config=config),
             tokenizer,
             clock=clock or virtual,
             max_num_queued_reqs=max_num_queued_reqs,
@@ -104,7 +123,6 @@ def make_engine(story: str, byte_tokenizer: Tokenizer) -> Iterator[MakeEngine]:
             queue_timeout=queue_timeout,
             ingress_capacity=ingress_capacity,
         )
-        engine.observers.append(lambda _: invariants.check(engine.scheduler))
         engines.append(engine)
         return engine
 

@@ -70,7 +70,7 @@ def test_help_names_everything_in_full(command: tuple[str, ...]) -> None:
 def test_help_does_not_wait_for_the_libraries_that_run_models() -> None:
     code = (
         "import sys, headway.cli; "
-        "print({'openvino', 'numpy', 'matplotlib', 'tokenizers', 'gguf', 'jinja2', 'fastapi', "
+        "print({'openvino', 'numpy', 'matplotlib', 'gguf', 'jinja2', 'tokenizers', 'fastapi', "
         "'uvicorn', 'pydantic', 'prometheus_client', 'rich'} & set(sys.modules))"
     )
     result = subprocess.run(
@@ -151,38 +151,6 @@ def test_models_are_listed() -> None:
     models = json.loads(run("models", "--json").stdout)["models"]
     assert models[0]["default"] is True
     assert models[0]["license"] == "Apache-2.0"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("0", 0),
-        ("1000000", 1_000_000),
-        ("512M", 512 << 20),
-        ("512m", 512 << 20),
-        ("2GiB", 2 << 30),
-        ("2Gi", 2 << 30),
-        ("2GB", 2_000_000_000),
-        ("1.5G", 3 << 29),
-        ("64 KiB", 64 << 10),
-        ("100B", 100),
-        ("1T", 1 << 40),
-    ],
-)
-def test_sizes(text: str, expected: int) -> None:
-    from headway.console import parse_bytes  # noqa: PLC0415
-
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "M", "-1", "3X", "1 2", "1iB", "0x10", "1e9"])
-def test_what_is_no_size(text: str) -> None:
-    import typer  # noqa: PLC0415
-
-    from headway.console import parse_bytes  # noqa: PLC0415
-
-    with pytest.raises(typer.BadParameter, match="512M"):
-        parse_bytes(text)
 
 
 # ---------------------------------------------------------------------- with the default model

@@ -22,6 +22,16 @@ import pytest
 from bare_model import write_model
 from convert_model import convert
 
+import vllm
+
+
+def pytest_report_header() -> str:
+    """Which vLLM is tested; fails if it is not the one that was to be."""
+    expected = os.environ.get("HEADWAY_TEST_VLLM")
+    if expected not in (None, vllm.__version__.partition("+")[0]):
+        pytest.exit(f"vLLM is {vllm.__version__}, must be {expected}", returncode=1)
+    return f"vLLM {vllm.__version__}: {Path(vllm.__file__).parent}"
+
 
 @pytest.fixture(scope="session")
 def model() -> Path:

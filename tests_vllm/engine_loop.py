@@ -12,6 +12,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from scheduler_harness import BLOCK_SIZE, STOP, make_request
@@ -54,7 +55,7 @@ class Worker:
         self.is_async = isinstance(scheduler, AsyncScheduler)
         self.is_v2 = scheduler.use_v2_model_runner
         self.rows: dict[str, Row] = {}
-        #: Those in the step before.
+        #: The requests of the step before.
         self.batch: set[str] = set()
         self.random = random.Random(seed)
 
@@ -68,13 +69,13 @@ class Worker:
         self.is_ahead = is_ahead
         starts = self._update_rows(output)
         sampled = [
-            self._compute(one, starts[one], count, output)
-            for one, count in output.num_scheduled_tokens.items()
+            self._compute(request_id, starts[request_id], count, output)
+            for request_id, count in output.num_scheduled_tokens.items()
         ]
         self.batch = set(starts)
         return ModelRunnerOutput(
             req_ids=list(output.num_scheduled_tokens),
-            req_id_to_index={one: i for i, one in enumerate(output.num_scheduled_tokens)},
+            req_id_to_index={name: i for i, name in enumerate(output.num_scheduled_tokens)},
             sampled_token_ids=sampled,
         )
 
@@ -106,30 +107,30 @@ class Worker:
             gone |= set(output.preempted_req_ids or ())
         else:
             self.batch &= output.num_scheduled_tokens.keys() - cached.resumed_req_ids
-        for one in gone:
-            self.rows.pop(one, None)
-            self.batch.discard(one)
+        for request_id in gone:
+            self.rows.pop(request_id, None)
+            self.batch.discard(request_id)
         for new in output.scheduled_new_reqs:
             if new.req_id in self.rows:
                 assert self.scheduler.requests[new.req_id].resumable, f"{new.req_id}: is new twice"
                 self.batch.discard(new.req_id)
             self.rows[new.req_id] = Row(new)
             starts[new.req_id] = new.num_computed_tokens
-        for i, one in enumerate(cached.req_ids):
-            assert one in self.rows, f"{one}: unknown to the worker"
-            row, new_ids = self.rows[one], cached.new_block_ids[i]
-            starts[one] = cached.num_computed_tokens[i]
-            if one in cached.resumed_req_ids:
+        for i, request_id in enumerate(cached.req_ids):
+            assert request_id in self.rows, f"{request_id}: unknown to the worker"
+            row, new_ids = self.rows[request_id], cached.new_block_ids[i]
+            starts[request_id] = cached.num_computed_tokens[i]
+            if request_id in cached.resumed_req_ids:
                 row.blocks = [list(ids) for ids in new_ids]
             else:
                 for table, ids in zip(row.blocks, new_ids or (), strict=False):
                     table.extend(ids)
             if not self.is_v2:
                 num_outputs = cached.num_output_tokens[i]
-                if one in self.batch or not self.is_async or not num_outputs:
+                if request_id in self.batch or not self.is_async or not num_outputs:
                     del row.tokens[row.num_prompt_tokens + num_outputs :]
                 else:
-                    outputs = cached.all_token_ids[one][-num_outputs:]
+                    outputs = cached.all_token_ids[request_id][-num_outputs:]
                     row.tokens[row.num_prompt_tokens :] = outputs
         return starts
 
@@ -205,6 +206,8 @@ class EngineLoop:
         self.scheduler = scheduler
         self.worker = Worker(scheduler, seed)
         self.costs = costs
+        #: Whether the engine asks for steps without prompts, as data-parallel engines do at times.
+        self.throttles = False
         self.depth = 2 if isinstance(scheduler, AsyncScheduler) else 1
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.answers: dict[str, Answer] = {}
@@ -251,11 +254,11 @@ class EngineLoop:
         """What the scheduler says; to be executed."""
         if self.costs is not None:
             self.scheduler._clock.cost_model = CostModel(self.costs)
-        return self.scheduler.schedule()
+        return self.scheduler.schedule(self.throttles)
 
     def _update(self, scheduled: SchedulerOutput, computed: ModelRunnerOutput) -> None:
         outputs = self.scheduler.update_from_output(scheduled, computed)
-        for output in (one for client in outputs.values() for one in client.outputs):
+        for output in chain.from_iterable(client.outputs for client in outputs.values()):
             answer = self.answers[output.request_id]
             answer.turns[-1] += output.new_token_ids
             if output.finish_reason is not None:
@@ -273,7 +276,7 @@ class EngineLoop:
             self.step()
 
     def check_done(self) -> None:
-        """Everybody has the whole answer, and nothing is held any more."""
+        """All requests have their whole answers, and nothing is held any more."""
         for answer in self.answers.values():
             answer.check()
         scheduler = self.scheduler

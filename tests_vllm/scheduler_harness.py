@@ -32,7 +32,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 BLOCK_SIZE = 16
-#: The token that ends the answers of those who stop at it.
+#: The token that ends the answers of requests that stop at it.
 STOP = 1
 
 init_none_hash(sha256)
@@ -100,7 +100,7 @@ def make_scheduler(
             target_model_config=model_config,
             target_parallel_config=config.parallel_config,
         )
-    # One block is vLLM's own: what is written there is nobody's.
+    # One block is vLLM's own: what is written there belongs to no request.
     config.cache_config.num_gpu_blocks = num_blocks + 1
     spec = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
@@ -158,7 +158,7 @@ def make_request(
 
     Args:
         request_id: its name.
-        prompt: its tokens, or how many, unlike anybody else's.
+        prompt: its tokens, or how many, unlike those of all other requests.
         max_tokens: of its answer.
         priority: smaller is more urgent.
         arrival_time: in seconds.

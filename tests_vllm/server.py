@@ -63,7 +63,7 @@ def serve(
     Args:
         model: a Hugging Face directory; the name it is served by is the directory's.
         log: to be written.
-        flags: of ``vllm serve``, in addition to those that every test needs.
+        flags: of ``vllm serve``, in addition to the flags that every test needs.
         config: of the plug-in.
 
     Raises:
@@ -119,7 +119,7 @@ def _process(
     try:
         yield process
     finally:
-        # The server stops its engine's processes; whoever is left after that must not outlive it.
+        # The server stops its engine's processes; none of them must outlive it.
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_TIMEOUT)

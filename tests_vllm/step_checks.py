@@ -10,7 +10,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from headway.core.cost_model import CostModel, StepFeatures, TimeBudget
+from headway.core.time_budget import TimeBudget
 from headway.vllm.scheduler import HeadwaySchedulerMixin
 
 _WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
@@ -28,13 +28,19 @@ class StepCheck:
         self.is_paused = scheduler.pause_state != PauseState.UNPAUSED
         self.is_stopped = scheduler.pause_state == PauseState.PAUSED_ALL
         self.residents = list(scheduler.running)
-        self.wanted = {one.request_id: self._wanted(one) for one in self.residents}
+        self.wanted = {request.request_id: self._wanted(request) for request in self.residents}
         self.num_preemptions = {
-            one.request_id: one.num_preemptions for one in scheduler.requests.values()
+            request.request_id: request.num_preemptions for request in scheduler.requests.values()
+        }
+        #: Requests of which no token has been generated.
+        self.await_first_tokens = {
+            request.request_id
+            for request in scheduler.requests.values()
+            if not request.num_output_tokens and not request.num_output_placeholders
         }
         #: Evicted between steps.
         self.reset = set(scheduler.reset_preempted_req_ids)
-        self.startable = [one for one in scheduler.waiting if _could_start(one)]
+        self.startable = [request for request in scheduler.waiting if _could_start(request)]
         #: Sessions with new input: vLLM admits them before all others.
         self.num_resuming = len(scheduler.kv_holding_waiting) - self.num_idle_sessions
 
@@ -43,15 +49,17 @@ class StepCheck:
         scheduler = self.scheduler
         check_state(scheduler)
         counts = output.num_scheduled_tokens
-        self.scheduled = sorted((scheduler.requests[one] for one in counts), key=_key)
+        self.scheduled = sorted((scheduler.requests[request] for request in counts), key=_key)
         self.victims = [
-            scheduler.requests[one]
-            for one in set(output.preempted_req_ids or ()) - self.reset
-            if one in scheduler.requests
+            scheduler.requests[request]
+            for request in set(output.preempted_req_ids or ()) - self.reset
+            if request in scheduler.requests
         ]
         resident_ids = self.wanted.keys() - (output.preempted_req_ids or set())
-        self.admitted = [one for one in self.scheduled if one.request_id not in resident_ids]
-        self.stayed = [one for one in self.scheduled if one.request_id in resident_ids]
+        self.admitted = [
+            request for request in self.scheduled if request.request_id not in resident_ids
+        ]
+        self.stayed = [request for request in self.scheduled if request.request_id in resident_ids]
 
         assert scheduler.max_num_scheduled_tokens == self.max_tokens
         assert scheduler.max_num_active_reqs == self.max_active
@@ -61,7 +69,7 @@ class StepCheck:
             num_rows = len(scheduler.running) + self.num_idle_sessions
             assert num_rows <= scheduler.max_num_running_reqs, "no row for a request"
         if scheduler.lora_config is not None:
-            adapters = {one.lora_request for one in self.scheduled} - {None}
+            adapters = {request.lora_request for request in self.scheduled} - {None}
             assert len(adapters) <= scheduler.lora_config.max_loras
         self._check_victims()
         self._check_riders(counts)
@@ -76,39 +84,74 @@ class StepCheck:
         return int(min(wanted, self.scheduler.max_prefill_tokens))
 
     def _check_victims(self) -> None:
-        """Nobody yields but to somebody who goes before it, and who is in the step."""
+        """A request yields only to a request of the step that goes before it."""
         for victim in self.victims:
             key = _key(victim)
-            grown = any(_key(one) < key for one in self.stayed)
-            displaced = any(one.headway.threshold < key for one in self.admitted)
-            assert grown or displaced, f"{victim.request_id}: evicted for nobody"
-            if self.num_preemptions[victim.request_id] >= self.config.max_preemptions:
+            grown = any(_key(request) < key for request in self.stayed)
+            displaced = any(request.headway.threshold < key for request in self.admitted)
+            assert grown or displaced, f"{victim.request_id}: evicted for no request"
+            limit = self.config.max_preemptions
+            if limit is not None and self.num_preemptions[victim.request_id] >= limit:
                 assert grown, f"{victim.request_id}: evicted too often by waiting requests"
 
     def _check_riders(self, counts: dict[str, int]) -> None:
-        """How much less urgent work is in the step with more urgent work."""
+        """How much less urgent work is in the step with more urgent work, and for how long."""
         if not self.scheduled or self.num_resuming:
             return
-        riders = [one for one in self.scheduled if _key(one) > self.scheduled[0].headway.threshold]
+        first = self.scheduled[0]
         if self.config.share == "none":
-            assert not riders
+            assert all(_key(request) <= first.headway.threshold for request in self.scheduled)
         clock = self.scheduler._clock
         if clock is None or self.scheduler.num_spec_tokens:
-            return  # with drafts, vLLM pads whoever it admits
-        limit_ms = self.config.max_step_ms or math.inf
-        if riders:
-            limit_ms = min(limit_ms, self.config.share_ms)
-        limit_ms = max(limit_ms, TimeBudget.MIN_STEP * clock.cost_model.coefficients.step)
-        first = self.scheduled[0]
-        if counts[first.request_id] <= self.scheduler.block_size:
-            counts = counts | {first.request_id: 1}  # so much it gets, however long that takes
-        step_ms = predicted_ms(clock.cost_model, self.scheduled, counts)
-        assert step_ms <= limit_ms + 1e-6, f"a step takes {step_ms} ms, limit is {limit_ms} ms"
+            return  # with drafts, vLLM pads every request that it admits
+        budget = TimeBudget(clock.cost_model, self.config.slo_table.step_limit_ms)
+        placed: list[Request] = []
+        barrier: tuple[float, ...] = (math.inf,)
+        for request in self._in_order_of_placement():
+            name = request.request_id
+            assert _key(request) <= barrier, f"{name}: a first token waits for it"
+            if placed and _key(request) > min(map(_key, placed)):
+                first = min(placed, key=_key)
+                if _key(request) > first.headway.threshold:
+                    budget.limit_ms = min(budget.limit_ms, self.config.sharing.share_ms)
+            count = counts[name]
+            limit_ms = self._limit_ms(request, placed, budget)
+            before = request.num_computed_tokens - count
+            budget.spend(count, before)
+            if placed or count > self.scheduler.block_size:  # so much it gets, whatever it takes
+                assert budget.spent_ms <= limit_ms + 1e-6, f"{name}: no time for {count} tokens"
+            slo = request.headway.slo
+            if slo is not None:
+                budget.tighten(slo.max_step_ms)
+            if self.config.bounds_all_steps and count > 1 and name in self.await_first_tokens:
+                barrier = min(barrier, request.headway.threshold)
+            placed.append(request)
+
+    def _in_order_of_placement(self) -> list[Request]:
+        """The requests of the step; a waiting request has its turn after its equals."""
+        admitted = {request.request_id for request in self.admitted}
+        return sorted(
+            self.scheduled,
+            key=lambda request: (
+                request.headway.threshold if request.request_id in admitted else _key(request)
+            ),
+        )
+
+    def _limit_ms(self, request: Request, placed: list[Request], budget: TimeBudget) -> float:
+        """What the step may take as far as ``request`` goes, beside the requests before it."""
+        slo = request.headway.slo
+        awaits = request.request_id in self.await_first_tokens
+        if slo is None or slo.ttft_ms is None or not awaits:
+            return budget.limit_ms
+        above = min(placed, key=_key).headway.slo if placed else None
+        if above is not None and above.priority < slo.priority:
+            return budget.limit_ms
+        return max(budget.limit_ms, request.headway.first_step_ms, budget.floor_ms)
 
     def check_greedy(self, counts: dict[str, int]) -> None:
-        """With blocks, rows and time for everybody, the step is the top of the ranking.
+        """With blocks, rows and time for all, the step is the top of the ranking.
 
-        Whoever is not in it lacks a slot or tokens, which those that go before it have.
+        A request that is not in it lacks a slot or tokens, which requests before it have.
         """
         assert not self.victims
         slots = self.max_active - self.num_idle_sessions
@@ -116,54 +159,54 @@ class StepCheck:
         if self.num_resuming or self.is_stopped:
             return
         short = []
-        for one in self.residents:
+        for request in self.residents:
             before = [
                 other
                 for other in self.residents
-                if _key(other) < _key(one)
+                if _key(other) < _key(request)
                 and (other.request_id in in_step or not self.wanted[other.request_id])
             ]
-            before += [other for other in self.admitted if other.headway.threshold < _key(one)]
+            before += [other for other in self.admitted if other.headway.threshold < _key(request)]
             left = self.max_tokens - sum(counts.get(other.request_id, 1) for other in before)
-            wanted = self.wanted[one.request_id]
-            if one.request_id not in in_step and wanted:
-                assert len(before) >= slots or wanted > left, f"{one.request_id}: left out"
-            if counts.get(one.request_id, 0) < wanted:
-                short.append(one)
+            wanted = self.wanted[request.request_id]
+            if request.request_id not in in_step and wanted:
+                assert len(before) >= slots or wanted > left, f"{request.request_id}: left out"
+            if counts.get(request.request_id, 0) < wanted:
+                short.append(request)
         if self.is_paused:
             assert not self.admitted
             return
-        for one in self.startable:
-            if one.request_id in in_step:
+        for request in self.startable:
+            if request.request_id in in_step:
                 continue
             before = [
                 other
                 for other in self.residents
-                if _key(other) < one.headway.threshold
+                if _key(other) < request.headway.threshold
                 and (other.request_id in in_step or not self.wanted[other.request_id])
             ]
-            before += [other for other in self.admitted if _key(other) < _key(one)]
+            before += [other for other in self.admitted if _key(other) < _key(request)]
             left = self.max_tokens - sum(counts.get(other.request_id, 1) for other in before)
-            is_behind = any(_key(other) < one.headway.threshold for other in short)
-            assert len(before) >= slots or left <= 0 or is_behind, f"{one.request_id}: left out"
+            is_behind = any(_key(other) < request.headway.threshold for other in short)
+            assert len(before) >= slots or left <= 0 or is_behind, f"{request.request_id}: left out"
 
     def check_progress(self) -> None:
-        """Whoever could compute does not wait for nobody; to be called with nothing in flight."""
+        """A step computes something if it can; to be called with nothing in flight."""
         if self.is_paused or self.num_idle_sessions >= self.max_active:
             return
         if any(self.wanted.values()) or self.startable:
-            assert self.scheduled, "nobody makes progress"
+            assert self.scheduled, "no request makes progress"
 
 
 def check_state(scheduler: HeadwaySchedulerMixin) -> None:
     """What holds between any two calls of the scheduler."""
-    places = Counter(one.request_id for one in scheduler.running)
-    places += Counter(one.request_id for one in scheduler.waiting)
-    places += Counter(one.request_id for one in scheduler.kv_holding_waiting)
+    places = Counter(request.request_id for request in scheduler.running)
+    places += Counter(request.request_id for request in scheduler.waiting)
+    places += Counter(request.request_id for request in scheduler.kv_holding_waiting)
     assert places == Counter(scheduler.requests.keys()), "a request is lost, or in two places"
     for queue in (scheduler.running, list(scheduler.waiting)):
         assert all(_key(a) < _key(b) for a, b in pairwise(queue)), "not in rank order"
-    assert all(one.headway.request is one for one in scheduler.kv_holding_waiting)
+    assert all(request.headway.request is request for request in scheduler.kv_holding_waiting)
 
     pool = scheduler.kv_cache_manager.block_pool
     held: Counter[int] = Counter()
@@ -172,20 +215,6 @@ def check_state(scheduler: HeadwaySchedulerMixin) -> None:
             held.update(ids)
     assert pool.get_num_free_blocks() + len(held) == pool.num_gpu_blocks - 1
     assert all(pool.blocks[block].ref_cnt == count for block, count in held.items())
-
-
-def predicted_ms(model: CostModel, scheduled: list[Request], counts: dict[str, int]) -> float:
-    """What the model expects of a step that has just been scheduled."""
-    parts = [(counts[one.request_id], one.num_computed_tokens) for one in scheduled]
-    decodes = [end - 1 for count, end in parts if count == 1]
-    return model.predict_ms(
-        StepFeatures(
-            sum(count for count, _ in parts if count > 1),
-            len(decodes),
-            sum(decodes),
-            sum(count * (end - count / 2) for count, end in parts if count > 1),
-        )
-    )
 
 
 def _key(request: Request) -> tuple[float, ...]:

@@ -48,7 +48,7 @@ class Stream:
     """A greedy completion of exactly ``num_tokens`` tokens; it is under way when it is made.
 
     Args:
-        client: whom to ask.
+        client: of the server.
         prompt: the text to go on with.
         num_tokens: of the answer.
         model: the name of an adapter; None = the model itself.
@@ -67,7 +67,7 @@ class Stream:
         **body: Any,
     ) -> None:
         client.streams.append(self)
-        #: Those that have come.
+        #: Tokens that have come.
         self.token_ids: list[int] = []
         self.has_ended = False
         self._news = asyncio.Condition()
@@ -124,11 +124,11 @@ async def begun(streams: Sequence[Stream], count: int) -> None:
     try:
         while len(streams) - len(pending) < count:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for one in done:
-                one.result()
+            for task in done:
+                task.result()
     finally:
-        for one in pending:
-            one.cancel()
+        for task in pending:
+            task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
 
 

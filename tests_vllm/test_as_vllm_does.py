@@ -19,15 +19,21 @@ from headway.vllm import HeadwayScheduler, HeadwaySyncScheduler
 
 
 @pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("interval", [1, 4])
 @pytest.mark.parametrize(
     ("cls", "plain"),
     [(HeadwayScheduler, AsyncScheduler), (HeadwaySyncScheduler, Scheduler)],
     ids=["async", "sync"],
 )
 def test_among_equals_with_blocks_for_all_each_step_is_vllms_own(
-    cls: type[Scheduler], plain: type[Scheduler], v2: bool, bare_model: Path
+    cls: type[Scheduler], plain: type[Scheduler], interval: int, v2: bool, bare_model: Path
 ) -> None:
-    settings: dict[str, Any] = {"v2": v2, "max_num_seqs": 8, "max_num_batched_tokens": 128}
+    settings: dict[str, Any] = {
+        "v2": v2,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "prefill_schedule_interval": interval,
+    }
     ours = EngineLoop(make_scheduler(cls, bare_model, **settings))
     theirs = EngineLoop(make_scheduler(plain, bare_model, **settings))
     rng = random.Random(7)
@@ -77,7 +83,7 @@ def test_with_a_kv_connector_scheduling_is_left_to_vllm(
         outputs = [loop.step()]
         loop.add("urgent", 40, priority=URGENT)
         outputs += [loop.step() for _ in range(60)]
-        steps.append([one and one.num_scheduled_tokens for one in outputs])
+        steps.append([output and output.num_scheduled_tokens for output in outputs])
         loop.run()
         loop.check_done()
     assert steps[0] == steps[1]

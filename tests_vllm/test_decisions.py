@@ -92,7 +92,7 @@ def test_paused_waiting_and_evicted_requests_may_be_aborted(
     story.next()
     story.abort("paused", "evicted", "waiting")
     story.end()
-    assert all(story.answers[one].finish_reason == "length" for one in ("first", "second"))
+    assert all(story.answers[name].finish_reason == "length" for name in ("first", "second"))
 
 
 # ---------------------------------------------------------------------- blocks
@@ -131,7 +131,7 @@ def test_a_higher_class_yields_only_once_the_lower_ones_are_gone(bare_model: Pat
 
 
 @pytest.mark.parametrize("prompt", [5 * 16, 6 * 16])
-def test_nobody_is_evicted_unless_the_whole_need_is_met(bare_model: Path, prompt: int) -> None:
+def test_no_request_is_evicted_unless_the_whole_need_is_met(bare_model: Path, prompt: int) -> None:
     story = Story(bare_model, num_blocks=10)
     story.urgent("peer", prompt=70, max_tokens=9)
     story.background("a", prompt=35, max_tokens=9)
@@ -181,7 +181,7 @@ def test_to_a_running_request_that_grows_it_yields_all_the_same(bare_model: Path
 
 
 @in_both
-def test_nobody_is_evicted_for_a_request_whose_last_token_is_in_flight(
+def test_no_request_is_evicted_for_a_request_whose_last_token_is_in_flight(
     cls: type[Scheduler], bare_model: Path
 ) -> None:
     story = Story(bare_model, cls, num_blocks=4)
@@ -193,7 +193,7 @@ def test_nobody_is_evicted_for_a_request_whose_last_token_is_in_flight(
     story.end()
 
 
-def test_nobody_is_evicted_while_the_engine_is_paused(bare_model: Path) -> None:
+def test_no_request_is_evicted_while_the_engine_is_paused(bare_model: Path) -> None:
     story = Story(bare_model, num_blocks=4)
     story.urgent(prompt=32, max_tokens=10)
     story.background("a", prompt=20, max_tokens=10)
@@ -214,7 +214,7 @@ def test_a_background_prompt_does_not_take_the_tokens_of_an_urgent_one(bare_mode
     story.add("long", 600, priority=BACKGROUND)
     assert story.next()[0] == {"long": 64}
     story.urgent(prompt=40)
-    # vLLM serves running requests first; what the urgent one leaves must not be given to this one.
+    # vLLM serves running requests first; what the urgent request leaves is not for ``long``.
     assert story.next()[0] == {"urgent": 40}
     assert story.next()[0] == {"urgent": 1, "long": 63}
     story.end()
@@ -249,6 +249,66 @@ def test_a_slot_that_one_cannot_use_goes_to_the_next(bare_model: Path) -> None:
     story.end()
 
 
+# ---------------------------------------------------------------------- steps without prompts
+
+
+@in_both
+def test_where_the_engine_asks_for_a_step_without_prompts_urgent_ones_are_in_it_all_the_same(
+    cls: type[Scheduler], bare_model: Path
+) -> None:
+    story = Story(bare_model, cls, max_num_batched_tokens=64)
+    story.background("a")
+    story.throttles = True
+    story.add("b", 10, priority=BACKGROUND)
+    assert story.next() == ({"a": 1}, set())
+    story.urgent(prompt=40)
+    # As there is a prompt in the step, others may be.
+    assert story.next() == ({"urgent": 40, "a": 1, "b": 10}, set())
+    story.end()
+
+
+def test_an_urgent_prompt_is_not_held_between_its_parts(bare_model: Path) -> None:
+    story = Story(bare_model, max_num_batched_tokens=64)
+    story.background("a", arrival_time=1.0)
+    story.urgent(prompt=160)
+    assert story.next() == ({"urgent": 64}, set())
+    story.throttles = True
+    assert story.next() == ({"urgent": 64}, set())
+    assert story.next() == ({"urgent": 32, "a": 1}, set())
+    story.end()
+
+
+def test_a_prompt_that_is_held_keeps_neither_tokens_nor_a_slot_from_others(
+    bare_model: Path,
+) -> None:
+    story = Story(bare_model, max_num_seqs=2, max_num_batched_tokens=64)
+    story.background("a", arrival_time=1.0)
+    # It goes before its equal, and could use all tokens.
+    story.add("long", 400, priority=BACKGROUND, arrival_time=0.0)
+    assert story.next()[0] == {"a": 1, "long": 63}
+    story.urgent(max_tokens=4)
+    assert story.next()[0] == {"urgent": 10, "a": 1}
+    assert story.next()[0] == {"urgent": 1, "long": 16}
+    story.throttles = True
+    while "urgent" in story.scheduler.requests:
+        assert story.next()[0] == {"urgent": 1, "a": 1}
+    assert story.next()[0] == {"a": 1}
+    story.end()
+
+
+@pytest.mark.parametrize("num_steps", range(4))
+def test_the_interval_between_prompts_does_not_hold_urgent_ones(
+    bare_model: Path, num_steps: int
+) -> None:
+    story = Story(bare_model, prefill_schedule_interval=4)
+    story.background("a")
+    for _ in range(num_steps):
+        assert story.next()[0] == {"a": 1}
+    story.urgent()
+    assert story.next()[0] == {"urgent": 10, "a": 1}
+    story.end()
+
+
 # ---------------------------------------------------------------------- sharing a step
 
 
@@ -267,7 +327,7 @@ def test_how_much_rides_along(bare_model: Path, share: str, riders: dict[str, in
     story.end()
 
 
-def test_with_share_none_nobody_less_urgent_is_admitted_beside_a_more_urgent_one(
+def test_with_share_none_no_less_urgent_request_is_admitted_beside_a_more_urgent_one(
     bare_model: Path,
 ) -> None:
     story = Story(bare_model, headway={"share": "none"})
@@ -279,7 +339,7 @@ def test_with_share_none_nobody_less_urgent_is_admitted_beside_a_more_urgent_one
     story.end()
 
 
-def test_with_share_none_whoever_is_most_urgent_decides_who_rides(bare_model: Path) -> None:
+def test_with_share_none_the_most_urgent_request_decides_which_ride(bare_model: Path) -> None:
     story = Story(
         bare_model, headway={"policy": "aging", "tau_s": 1, "margin_s": 2, "share": "none"}
     )
@@ -294,7 +354,7 @@ def test_with_share_none_whoever_is_most_urgent_decides_who_rides(bare_model: Pa
 
 def test_share_as_a_time_lets_riders_take_turns(bare_model: Path) -> None:
     riders = [f"r{i}" for i in range(6)]
-    # 10 ms a step and 1 ms each: the urgent one, and three more.
+    # 10 ms a step and 1 ms each: the urgent request, and three more.
     story = Story(bare_model, headway={"share": "14ms"}, costs=(10, 1, 1))
     story.background(*riders, max_tokens=100)
     story.urgent(max_tokens=20)
@@ -311,7 +371,7 @@ def test_share_as_a_time_lets_riders_take_turns(bare_model: Path) -> None:
     story.end()
 
 
-def test_max_step_ms_bounds_whoever_is_in_a_step(bare_model: Path) -> None:
+def test_max_step_ms_bounds_every_step(bare_model: Path) -> None:
     story = Story(bare_model, headway={"max_step_ms": 40}, costs=(10, 1, 1))
     story.add("long", 600, priority=BACKGROUND)
     assert story.next()[0] == {"long": 30}

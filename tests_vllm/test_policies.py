@@ -31,8 +31,8 @@ def test_aging_bounds_how_often_a_request_is_overtaken(bare_model: Path) -> None
         story.add(f"at {i}.5", 10, max_tokens=1, arrival_time=i + 0.5)
     admitted: list[str] = []
     while story.scheduler.requests:
-        admitted += [one for one in story.next()[0] if one not in admitted]
-    # Those that are one level more urgent and come within 10 s.
+        admitted += [name for name in story.next()[0] if name not in admitted]
+    # The requests that are one level more urgent and come within 10 s.
     assert admitted.index("old") == 1 + 10
     assert admitted[1:11] == [f"at {i}.5" for i in range(10)]
     story.end()
@@ -49,7 +49,7 @@ def test_a_deadline_comes_from_the_request_or_from_its_class(bare_model: Path) -
     story.add("says 1 s", 10, priority=7, extra_args={"headway_ttft_ms": 1000.0})
     admitted: list[str] = []
     while story.scheduler.requests:
-        admitted += [one for one in story.next()[0] if one not in admitted]
+        admitted += [name for name in story.next()[0] if name not in admitted]
     assert admitted == ["first", "says 1 s", "class", "says 3 s", "default"]
     story.end()
 

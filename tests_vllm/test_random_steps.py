@@ -25,6 +25,13 @@ NUM_STEPS = 350
 #: What a step, a token of prefill and a decoding request cost (ms), where time is bounded.
 COSTS = (5.0, 0.5, 0.5)
 NUM_ADAPTERS = 4
+#: Targets of classes; requests have the priorities 0, 5 and 10.
+SLOS = (
+    ["0:ttft=100ms"],
+    ["0:tpot=15ms", "5:tpot=25ms"],
+    ["0:ttft=60ms,tpot=12ms", "5:ttft=300ms"],
+    ["5:ttft=80ms", "10:ttft=50ms,tpot=20ms"],
+)
 
 
 class Case(NamedTuple):
@@ -83,8 +90,9 @@ class Load:
         self.scheduler = loop.scheduler
         self.rng = rng
         self.has_sessions = rng.random() < 0.3 and not self.scheduler.num_spec_tokens
-        # Who finds in the cache what the same step computes leaves tokens to nobody.
+        # A request that finds in the cache what the same step computes leaves its tokens unused.
         self.shares_prompts = not loop.is_greedy
+        self.is_throttled = rng.random() < 0.3 and not loop.is_greedy
         self.now = 0.0
         self.num_requests = 0
         self.grammars: list[Future[Any]] = []
@@ -107,6 +115,8 @@ class Load:
         for session in list(self.sessions):
             if rng.random() < 0.1:
                 self._say_more(session)
+        if self.is_throttled:
+            self.loop.throttles = rng.random() < 0.5
         if rng.random() < 0.01 and not scheduler.kv_holding_waiting:
             assert scheduler.reset_prefix_cache(reset_running_requests=True)
         if scheduler.pause_state != PauseState.UNPAUSED:
@@ -116,7 +126,8 @@ class Load:
             scheduler.set_pause_state(rng.choice((PauseState.PAUSED_NEW, PauseState.PAUSED_ALL)))
 
     def end(self) -> None:
-        """Nothing more comes, and nobody waits for a client."""
+        """Nothing more comes, and no request waits for a client."""
+        self.loop.throttles = False
         self.scheduler.set_pause_state(PauseState.UNPAUSED)
         for grammar in self.grammars:
             if not grammar.done():
@@ -195,9 +206,11 @@ def draw(case: Case, rng: random.Random) -> dict[str, Any]:
     if case.policy == "aging":
         headway["tau_s"] = rng.choice((0.1, 1.0))
     if case.policy == "deadline":
-        headway |= {"slos": ["0:ttft=300ms"], "margin_s": rng.choice((0.0, 0.1))}
+        headway["margin_s"] = rng.choice((0.0, 0.1))
     if rng.random() < 0.2 and not case.is_greedy:
         headway["max_step_ms"] = 20
+    if rng.random() < 0.4 and not case.is_greedy:
+        headway["slos"] = rng.choice(SLOS)
     settings: dict[str, Any] = {
         "headway": headway,
         "v2": case.v2,
@@ -210,6 +223,8 @@ def draw(case: Case, rng: random.Random) -> dict[str, Any]:
         "watermark": rng.choice((0.0, 0.0, 0.05)),
         "scheduler_reserve_full_isl": rng.random() < 0.7,
     }
+    if rng.random() < 0.25 and not case.is_greedy:
+        settings["prefill_schedule_interval"] = rng.randint(2, 6)
     if rng.random() < 0.25 and not case.is_greedy:
         settings["num_speculative_tokens"] = 2
     return settings

@@ -97,7 +97,7 @@ async def test_urgent_requests_pause_others_which_lose_nothing(
         await assert_overtakes(Stream(client, "Is the site down?", 8, **URGENT), background)
 
     assert [stream.token_ids for stream in background] == answers
-    # There were blocks enough, so nobody had to recompute anything.
+    # There were blocks enough, so no request had to recompute anything.
     assert server.metric("num_preemptions_total") == num_preemptions
 
 

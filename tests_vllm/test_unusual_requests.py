@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scheduler_harness import Lenient
+from scheduler_harness import BLOCK_SIZE, Lenient
 from story import BACKGROUND, Story
+from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
 
 from headway.vllm import HeadwayScheduler, HeadwaySyncScheduler
 
@@ -54,9 +56,36 @@ def test_adapters_of_more_urgent_requests_come_first(bare_model: Path) -> None:
     assert story.next() == ({"urgent": 10, "plain": 1}, set())
     story.urgent("late", lora=3)
     story.urgent("same", lora=2)
-    # There is no room for a third adapter, which keeps nobody else.
+    # There is no room for a third adapter, which keeps no other request.
     assert story.next() == ({"urgent": 1, "same": 10, "plain": 1}, set())
     story.end()
+
+
+# ---------------------------------------------------------------------- auxiliary outputs
+
+
+class OneBlock(AuxOutputSchedulerConnector):  # type: ignore[misc]
+    """Has the auxiliary outputs of the first block of each prompt only."""
+
+    def max_cache_hit(self, request: Request) -> int:
+        return BLOCK_SIZE
+
+
+@pytest.mark.skipif(
+    not hasattr(AuxOutputSchedulerConnector, "max_cache_hit"),
+    reason="this version of vLLM does not look at auxiliary outputs",
+)
+def test_what_the_cache_has_without_auxiliary_outputs_is_planned_to_be_computed(
+    bare_model: Path,
+) -> None:
+    story = Story(bare_model)
+    prompt = list(range(10, 10 + 4 * BLOCK_SIZE))
+    story.add("before", prompt, max_tokens=1)
+    story.run()
+    story.background("a")
+    story.scheduler.aux_output_connector = OneBlock(story.scheduler.kv_cache_manager)
+    story.add("urgent", prompt)
+    assert story.schedule().num_scheduled_tokens == {"urgent": 3 * BLOCK_SIZE, "a": 1}
 
 
 # ---------------------------------------------------------------------- sessions
@@ -82,7 +111,7 @@ def test_an_idle_session_does_not_keep_urgent_requests_from_displacing_others(
     story.end()
 
 
-def test_an_idle_session_lets_nobody_in_beside_the_plan(bare_model: Path) -> None:
+def test_an_idle_session_lets_no_request_in_beside_the_plan(bare_model: Path) -> None:
     story = Story(bare_model, max_num_seqs=4, v2=True, headway={"share": "none"})
     idle_session(story)
     story.background("a")

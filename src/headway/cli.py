@@ -19,10 +19,12 @@ import typer
 from typer.core import TyperGroup
 
 from headway import __version__, console
-from headway.core.config import PreemptionMode
 from headway.core.errors import HeadwayError, InvalidRequest
-from headway.core.request import SamplingParams, check_priority
+from headway.core.priority import check_priority
+from headway.core.sampling_params import SamplingParams
+from headway.engine.config import EngineConfig
 from headway.models.registry import DEFAULT_MODEL, list_models
+from headway.options import ENGINE_OPTIONS, MODEL, PREEMPTION_MODE, settings_of, takes
 from headway.server.command import EPILOG, serve
 
 if TYPE_CHECKING:
@@ -78,9 +80,6 @@ def main() -> None:
     app(prog_name="headway")
 
 
-_Model = Annotated[
-    str, typer.Option("--model", "-m", help="A known model (headway models) or a .gguf file.")
-]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
@@ -104,11 +103,11 @@ def _options(
     cls=console.TopicCommand,
     epilog="Example:  headway generate --max-tokens 64 'Why is the sky blue?'",
 )
+@takes(*ENGINE_OPTIONS, first=[MODEL])
 def generate(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="The text to answer; - reads standard input.")
     ],
-    model: _Model = DEFAULT_MODEL,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", help="Stop after so many.")
     ] = 256,
@@ -138,14 +137,7 @@ def generate(
     ] = None,
     priority: Annotated[int, typer.Option(help="Smaller is served first.")] = 0,
     as_json: _Json = False,
-    scheduling_policy: console.SchedulingPolicyName = "priority",
-    preemption_mode: console.PreemptionModeName = PreemptionMode.AUTO.value,
-    max_num_seqs: console.MaxNumSeqs = 64,
-    max_num_batched_tokens: console.MaxNumBatchedTokens = 256,
-    max_model_len: console.MaxModelLen = None,
-    kv_cache_bytes: console.KVCacheBytes = None,
-    swap_space_bytes: console.SwapSpaceBytes = None,
-    enable_prefix_caching: console.PrefixCaching = True,
+    **values: Any,
 ) -> None:
     """Answer one PROMPT; the text appears as it is generated."""
     # All that can be refused without a model is refused before one is loaded.
@@ -154,17 +146,7 @@ def generate(
     if system is not None and chat is False:
         raise InvalidRequest("--system needs a chat, so it cannot be used with --raw")
     params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
-    with _loaded(
-        model=model,
-        scheduling_policy=scheduling_policy,
-        preemption_mode=preemption_mode,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        kv_cache_bytes=kv_cache_bytes,
-        swap_space_bytes=swap_space_bytes,
-        enable_prefix_caching=enable_prefix_caching,
-    ) as llm:
+    with _loaded(**settings_of(EngineConfig, (MODEL, *ENGINE_OPTIONS), values)) as llm:
         _generate(llm, text, params, chat, system, priority, as_json)
 
 
@@ -172,8 +154,8 @@ app.command(cls=console.TopicCommand, epilog=EPILOG)(serve)
 
 
 @app.command(epilog="Example:  headway demo --output picture.png")
+@takes(PREEMPTION_MODE, first=[MODEL])
 def demo(
-    model: _Model = DEFAULT_MODEL,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Where the picture goes.")
     ] = "headway-demo.png",
@@ -181,8 +163,8 @@ def demo(
         float, typer.Option(min=3, max=600, help="How long each of the two runs should take.")
     ] = 28.0,
     seed: Annotated[int, typer.Option(help="Of the lengths and arrival times.")] = 0,
-    preemption_mode: console.PreemptionModeName = PreemptionMode.AUTO.value,
     as_json: _Json = False,
+    **values: Any,
 ) -> None:
     """Watch urgent requests overtake batch work (about a minute).
 
@@ -193,7 +175,7 @@ def demo(
     from headway.demo.show import check_output, settings, show  # noqa: PLC0415
 
     path = check_output(output)
-    with _loaded(**settings(model, preemption_mode)) as llm:
+    with _loaded(**settings(values["model"], values["preemption_mode"])) as llm:
         show(llm, path, seed, seconds, as_json)
 
 

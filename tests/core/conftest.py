@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +14,8 @@ from headway.core.config import PreemptionMode, SchedulerConfig
 from headway.core.cost_model import CostModel
 from headway.core.request import Request
 from headway.core.scheduler import PriorityScheduler
-from headway.core.scheduler_output import SchedulerOutput
+from headway.core.scheduler_output import SchedulerOutput, StepRow
+from headway.executor.base import accept_drafts
 
 # The machines that run this are shared: what an example takes says nothing.
 settings.register_profile("headway", deadline=None)
@@ -24,7 +26,7 @@ class Step(NamedTuple):
     """What one step decided, as it was before its tokens were taken in."""
 
     output: SchedulerOutput
-    #: request id → tokens computed, most urgent first.
+    #: request id → tokens computed, of all its rows, most urgent first.
     counts: dict[str, int]
     #: Ids of the requests that the step finished.
     finished: list[str]
@@ -36,7 +38,7 @@ class Step(NamedTuple):
     @property
     def yields(self) -> list[tuple[str, PreemptionMode]]:
         """Who yielded, and how, in order of the decisions."""
-        return [(one.request_id, one.mode) for one in self.output.preemptions]
+        return [(each.request_id, each.mode) for each in self.output.preemptions]
 
 
 class Lab:
@@ -49,6 +51,8 @@ class Lab:
         self.now = 0.0
         self.num_steps = 0
         self._num_added = 0
+        #: Request id, index of the choice and position → the token there; None: the step's token.
+        self.token_at: Callable[[str, int, int], int] | None = None
 
     def add(
         self,
@@ -69,24 +73,38 @@ class Lab:
         return request
 
     def step(self, token: int = 1) -> Step:
-        """Schedule, compute, take in; every request that is due a token gets ``token``."""
+        """Schedule, compute, take in; every sequence that is due a token gets ``token``.
+
+        With ``token_at`` it gets the token of its place.
+        """
         output = self.scheduler.schedule(self.now)
         invariants.check_output(self.scheduler, output)
-        counts = {
-            request.request_id: count
-            for request, count in zip(output, output.num_scheduled_tokens, strict=True)
-        }
-        sampled = [
-            token if request.num_computed_tokens + count == request.num_tokens else None
-            for request, count in zip(output, output.num_scheduled_tokens, strict=True)
-        ]
+        counts: dict[str, int] = {}
+        for row in output:
+            num_tokens = len(row.token_ids) + len(row.drafts)
+            counts[row.request_id] = counts.get(row.request_id, 0) + num_tokens
+        sampled = [self.sample(row, token) for row in output]
         finished = self.scheduler.update_from_output(output, sampled, self.now)
         invariants.check(self.scheduler)
         self.num_steps += 1
         return Step(output, counts, [request.request_id for request in finished])
 
-    def steps(self, count: int) -> list[Step]:
-        return [self.step() for _ in range(count)]
+    def sample(self, row: StepRow, token: int = 1) -> tuple[int, ...]:
+        """What an executor says of a row: accepted drafts and a new token, or first tokens."""
+        position = row.start + len(row.token_ids)
+
+        def draw(index: int, position: int) -> int:
+            return (
+                token if self.token_at is None else self.token_at(row.request_id, index, position)
+            )
+
+        if len(row.seeds) != 1:
+            return tuple(draw(index, position) for index in range(len(row.seeds)))
+        drawn = (draw(row.index, place) for place in count(position))
+        return accept_drafts(drawn, row.drafts)
+
+    def steps(self, number: int) -> list[Step]:
+        return [self.step() for _ in range(number)]
 
     def drain(self, at_most: int = 2000) -> list[Step]:
         """Step until nobody is left, which must be soon, and the pool must be idle then."""

@@ -9,9 +9,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from headway.core.cost_model import CostModel, StepFeatures, TimeBudget
+from headway.core.cost_model import SMALL_CPU_COSTS, Coefficients, CostModel, StepFeatures
 
-TRUE = (4.0, 0.3, 1.2, 0.002, 0.0004)
+TRUE = (4.0, 0.3, 1.2, 0.002, 0.0004, 0.25)
+#: Costs as of a large model on a GPU: a step's fixed cost is most of it.
+GPU = (5.0, 0.005, 0.01, 1e-6, 1e-9, 0.002)
 
 
 def true_ms(features: StepFeatures, coefficients: tuple[float, ...] = TRUE) -> float:
@@ -26,10 +28,20 @@ def random_step(rng: random.Random) -> StepFeatures:
         decode_seqs,
         decode_seqs * rng.randrange(16, 1024),
         prefill_tokens * (rng.randrange(0, 2048) + prefill_tokens / 2),
+        rng.choice([0, rng.randrange(0, decode_seqs + 1)]),
     )
 
 
-@pytest.mark.parametrize("guess", [(5.0, 0.6, 0.8, 0.0005, 0.0002), ()])
+def random_decodes(rng: random.Random) -> StepFeatures:
+    decode_seqs = rng.randrange(1, 65)
+    return StepFeatures(0, decode_seqs, decode_seqs * rng.randrange(16, 4096))
+
+
+def chunk(num_tokens: int, num_context_tokens: int = 0) -> StepFeatures:
+    return StepFeatures(num_tokens, 0, 0, num_tokens * (num_context_tokens + num_tokens / 2))
+
+
+@pytest.mark.parametrize("guess", [SMALL_CPU_COSTS, SMALL_CPU_COSTS[:4], ()])
 def test_converges_to_the_true_costs_through_noise(guess: tuple[float, ...]) -> None:
     rng = random.Random(1)
     model = CostModel(guess)
@@ -110,6 +122,7 @@ def test_without_calibration_a_monotonous_load_is_known_at_least() -> None:
                 st.integers(0, 256),
                 st.integers(0, 10**6),
                 st.integers(0, 10**7),
+                st.integers(0, 4096),
             ),
             st.floats(0, 1e5),
         ),
@@ -141,63 +154,6 @@ def test_learns_the_bandwidth_of_swapping() -> None:
     assert model.swap_ms_per_block == pytest.approx(0.3, rel=0.01)
 
 
-# ---------------------------------------------------------------------- the budget of a step
-
-
-def budget(limit_ms: float) -> TimeBudget:
-    return TimeBudget(CostModel((1.0, 0.5, 2.0, 0.01)), limit_ms)
-
-
-def test_a_step_without_limit_allows_everything() -> None:
-    assert budget(math.inf).allows(10**9)
-    assert budget(math.inf).affordable(10**9, 10**9, is_first=False) == 10**9
-
-
-def test_decoding_is_paid_by_sequence_and_context() -> None:
-    time = budget(10.0)
-    assert time.affordable(1, 100, is_first=False) == 1
-    time.spend(1, 100)
-    assert time.spent_ms == pytest.approx(4.0)
-    time.spend(1, 100)
-    time.spend(1, 100)
-    assert time.spent_ms == pytest.approx(10.0)
-    assert time.affordable(1, 0, is_first=False) == 0
-    assert time.affordable(1, 0, is_first=True) == 1
-
-
-def test_prefill_is_paid_by_token() -> None:
-    time = budget(10.0)
-    assert time.affordable(100, 0, is_first=False) == 18
-    time.spend(18, 0)
-    assert time.affordable(100, 0, is_first=False) == 0
-    assert not time.allows(0)
-
-
-def test_a_chunk_deep_in_its_context_costs_more() -> None:
-    time = TimeBudget(CostModel((1.0, 0.5, 2.0, 0.01, 0.001)), 100.0)
-    assert time.price(100, 0) == pytest.approx(100 * (0.5 + 0.05))
-    assert time.price(100, 4000) == pytest.approx(100 * (0.5 + 4.05))
-    count = time.affordable(100, 4000, is_first=False)
-    assert 20 <= count <= 22
-    time.spend(count, 4000)
-    assert time.spent_ms <= time.limit_ms
-
-
-def test_the_first_ranked_always_gets_a_chunk() -> None:
-    time = TimeBudget(CostModel((0.0, 0.5, 2.0, 0.01)), 0.4, min_chunk=16)
-    assert time.affordable(100, 0, is_first=True) == 16
-    assert time.affordable(9, 0, is_first=True) == 9
-    assert time.affordable(1, 0, is_first=True) == 1
-    assert time.affordable(100, 0, is_first=False) == 0
-
-
-def test_a_bound_that_leaves_no_room_for_work_is_not_kept() -> None:
-    time = TimeBudget(CostModel((20.0, 0.5, 2.0)), 15.0)
-    assert time.affordable(100, 0, is_first=False) == 10
-    time.tighten(5.0)
-    assert time.limit_ms == 25.0
-
-
 def test_a_single_slow_step_is_not_believed() -> None:
     rng = random.Random(6)
     model = CostModel()
@@ -225,34 +181,93 @@ def test_reset_is_the_first_guess() -> None:
     model.observe_swap(1, 5.0)
     swap_ms = model.swap_ms_per_block
     model.reset()
-    assert model.coefficients == pytest.approx((1.0, 2.0, 3.0, 0.0, 0.0))
+    assert model.coefficients == pytest.approx((1.0, 2.0, 3.0, 0.0, 0.0, 0.0))
     assert model.num_observations == 0
     assert model.swap_ms_per_block == swap_ms
 
 
-@given(
-    per_prefill=st.floats(1e-6, 1.0),
-    spent=st.floats(0, 100),
-    left=st.floats(0, 100),
-    count=st.integers(2, 20),
-)
-def test_what_is_allowed_to_start_is_affordable(
-    per_prefill: float, spent: float, left: float, count: int
-) -> None:
-    """Otherwise a request would be admitted and given nothing."""
-    time = TimeBudget(CostModel((spent, per_prefill, 0.0, 0.0)), spent + left)
-    if time.allows(0):
-        assert time.affordable(count, 0, is_first=False) >= 1
+# ------------------------------------------------------------- machines of every speed
 
 
-def test_rounding_does_not_deny_what_was_allowed() -> None:
-    rng = random.Random(5)
-    for _ in range(2000):
-        model = CostModel((0.0, rng.uniform(1e-3, 1.0), 0.0, 0.0))
-        time = TimeBudget(model, model.coefficients[1])
-        assert time.allows(0)
-        assert time.affordable(10, 0, is_first=False) == 1
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_fast_machine_s_prefill_is_remembered_while_it_only_decodes(is_given: bool) -> None:
+    rng = random.Random(7)
+    model = CostModel(GPU) if is_given else CostModel()
+    for _ in range(0 if is_given else 500):
+        features = random_step(rng)
+        model.observe(features, true_ms(features, GPU) * rng.uniform(0.95, 1.05))
+    for _ in range(2500):
+        features = random_decodes(rng)
+        model.observe(features, true_ms(features, GPU) * rng.uniform(0.95, 1.05))
+    for features in (chunk(16), chunk(512, 4000), chunk(2048)):
+        assert model.predict_ms(features) == pytest.approx(true_ms(features, GPU), rel=0.15)
 
 
-def test_a_vanishing_cost_is_no_overflow() -> None:
-    assert TimeBudget(CostModel((0.0, 5e-324, 0.0, 0.0)), 10.0).affordable(9, 0, False) == 9
+def test_what_a_load_never_shows_does_not_drift() -> None:
+    rng = random.Random(8)
+    model = CostModel(GPU)
+    for _ in range(40_000):
+        features = random_decodes(rng)
+        model.observe(features, true_ms(features, GPU) * rng.uniform(0.8, 1.2))
+    assert model.predict_ms(chunk(2048)) == pytest.approx(true_ms(chunk(2048), GPU), rel=0.15)
+
+
+def test_decoding_that_is_cheap_makes_an_unchecked_guess_of_prefill_cheap() -> None:
+    rng = random.Random(9)
+    model = CostModel(SMALL_CPU_COSTS)
+    for _ in range(2500):
+        features = random_decodes(rng)
+        model.observe(features, true_ms(features, GPU))
+    assert model.coefficients.prefill_token < SMALL_CPU_COSTS.prefill_token / 5
+
+
+@pytest.mark.parametrize("pace", [1e-3, 0.1, 10.0, 100.0])
+def test_a_guess_for_another_machine_is_soon_replaced(pace: float) -> None:
+    rng = random.Random(10)
+    model = CostModel()
+    machine = tuple(pace * c for c in TRUE)
+    for _ in range(200):
+        features = random_step(rng)
+        model.observe(features, true_ms(features, machine) * rng.uniform(0.9, 1.1))
+    for _ in range(100):
+        features = random_step(rng)
+        assert model.predict_ms(features) == pytest.approx(true_ms(features, machine), rel=0.25)
+
+
+@given(pace=st.floats(1e-2, 1e4), seed=st.integers(0, 1000))
+def test_no_machine_s_times_are_built_in(pace: float, seed: int) -> None:
+    """A machine that is ``pace`` times slower is learnt step by step like the faster one."""
+    rng = random.Random(seed)
+    models = CostModel(GPU), CostModel(tuple(pace * c for c in GPU))
+    for _ in range(40):
+        features = random_step(rng)
+        measured_ms = true_ms(features) * rng.uniform(0.5, 1.5)
+        for model, factor in zip(models, (1.0, pace), strict=True):
+            model.observe(features, factor * measured_ms)
+    expected = [pace * c for c in models[0].coefficients]
+    assert models[1].coefficients == pytest.approx(Coefficients(*expected), rel=1e-6)
+
+
+def test_a_cost_that_was_nothing_is_learnt_when_it_shows() -> None:
+    rng = random.Random(11)
+    model = CostModel()
+    free = (*TRUE[:5], 0.0)
+    for costs, num_steps in ((free, 1000), (TRUE, 300)):
+        for _ in range(num_steps):
+            features = random_step(rng)
+            model.observe(features, true_ms(features, costs) * rng.uniform(0.9, 1.1))
+    assert model.coefficients.logit_row == pytest.approx(TRUE[5], rel=0.4)
+
+
+def test_steps_that_take_no_time_cost_nothing_and_are_not_the_last_word() -> None:
+    rng = random.Random(12)
+    model = CostModel()
+    for _ in range(1000):
+        model.observe(random_step(rng), 0.0)
+    assert model.predict_ms(random_step(rng)) < 0.1
+    for _ in range(500):
+        features = random_step(rng)
+        model.observe(features, true_ms(features))
+    for _ in range(50):
+        features = random_step(rng)
+        assert model.predict_ms(features) == pytest.approx(true_ms(features), rel=0.3)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from headway.core import invariants
 from headway.core.config import PreemptionMode
 from headway.core.cost_model import CostModel
-from headway.core.errors import DuplicateRequest, InvalidRequest, UnknownRequest
 from headway.core.request import Request, RequestStatus, SamplingParams
 
 if TYPE_CHECKING:
@@ -192,22 +191,23 @@ def run_urgent(crowd: Lab) -> list[Step]:
 
 def test_swap_moves_a_whole_victim_out_and_back(lab: type[Lab]) -> None:
     crowd, b = crowded(lab, preemption_mode="swap", num_swap_blocks=10)
-    table = list(b.block_table)
+    table = b.block_table
     crowd.add("urgent", 0, num_prompt=14, max_tokens=2)
     out = crowd.step()
-    assert out.output.preemptions == [("b", Mode.SWAP, "urgent", 3, 10)]
-    assert [block for block, _ in out.output.swap_out] == table
-    assert out.output.swap_in == []
+    assert out.output.preemptions == (("b", Mode.SWAP, "urgent", 3, 10, 1, ""),)
+    assert tuple(block for block, _ in out.output.swap_out) == table
+    assert out.output.swap_in == ()
     assert out.output.num_swapped_blocks == 3
-    assert (b.status, b.num_computed_tokens, b.num_swapped_tokens) == (RequestStatus.SWAPPED, 0, 10)
+    assert (b.status, b.num_computed_tokens) == (RequestStatus.SWAPPED, 0)
+    assert b.leader.num_swapped_tokens == 10
     assert crowd.scheduler.statistics().num_swap_blocks_used == 3
     crowd.step()
     back = crowd.step()
     assert back.counts == {"b": 1}
     # What the pool's prefix cache still has (its first block) is not copied.
     slots = [slot for _, slot in out.output.swap_out]
-    assert back.output.swap_in == list(zip(slots[1:], b.block_table[1:], strict=True))
-    assert b.swap_table == []
+    assert back.output.swap_in == tuple(zip(slots[1:], b.block_table[1:], strict=True))
+    assert b.leader.swap_table == ()
     crowd.drain()
     assert b.num_recomputed_tokens == 0
 
@@ -231,11 +231,11 @@ def test_a_full_swap_space_falls_back_to_recomputing(lab: type[Lab], num_swap_bl
 
 def test_auto_swaps_just_the_tail_if_that_is_cheaper(lab: type[Lab]) -> None:
     crowd, b = crowded(lab, cost_model=SWAP_IS_CHEAP, num_swap_blocks=10)
-    table = list(b.block_table)
+    table = b.block_table
     crowd.add("urgent", 0, num_prompt=14, max_tokens=2)
     step = crowd.step()
-    assert step.output.preemptions[0] == ("b", Mode.SWAP, "urgent", 2, 6)
-    assert [block for block, _ in step.output.swap_out] == table[1:]
+    assert step.output.preemptions[0] == ("b", Mode.SWAP, "urgent", 2, 6, 1, "")
+    assert tuple(block for block, _ in step.output.swap_out) == table[1:]
     assert b.status is RequestStatus.PAUSED  # its first block stays in the pool
     assert b.block_table == table[:1]
     steps = crowd.drain()
@@ -246,7 +246,7 @@ def test_auto_swaps_just_the_tail_if_that_is_cheaper(lab: type[Lab]) -> None:
 def test_auto_recomputes_the_tail_if_that_is_cheaper(lab: type[Lab]) -> None:
     crowd, b = crowded(lab, cost_model=SWAP_IS_DEAR, num_swap_blocks=10)
     steps = run_urgent(crowd)
-    assert steps[0].output.preemptions[0] == ("b", Mode.TAIL, "urgent", 2, 6)
+    assert steps[0].output.preemptions[0] == ("b", Mode.TAIL, "urgent", 2, 6, 1, "")
     assert not any(step.output.num_swapped_blocks for step in steps)
     assert b.num_recomputed_tokens == 6
 
@@ -256,20 +256,20 @@ def test_a_tail_swapped_twice_comes_back_in_order(lab: type[Lab]) -> None:
     deep = lab(SWAP_IS_CHEAP, num_blocks=8, num_swap_blocks=10, enable_prefix_caching=False)
     victim = deep.add("victim", 1, num_prompt=22, max_tokens=9)
     deep.step()
-    table = list(victim.block_table)
+    table = victim.block_table
     first = deep.add("first", 0, num_prompt=10, max_tokens=9)  # lacks 1
     out_1 = deep.step().output.swap_out
-    assert [block for block, _ in out_1] == table[5:]
+    assert tuple(block for block, _ in out_1) == table[5:]
     deep.add("second", 0, num_prompt=6, max_tokens=9)  # lacks 2
     out_2 = deep.step().output.swap_out
-    assert [block for block, _ in out_2] == table[3:5]
-    assert victim.swap_table == [slot for _, slot in (*out_2, *out_1)]
+    assert tuple(block for block, _ in out_2) == table[3:5]
+    assert victim.leader.swap_table == tuple(slot for _, slot in (*out_2, *out_1))
     deep.scheduler.abort("first")
     deep.scheduler.abort("second")
     assert first.is_finished
     back = deep.step().output.swap_in
     assert [slot for slot, _ in back] == [slot for _, slot in (*out_2, *out_1)]
-    assert [block for _, block in back] == victim.block_table[3:]
+    assert tuple(block for _, block in back) == victim.block_table[3:]
     deep.drain()
     assert victim.num_recomputed_tokens == 0
 
@@ -307,9 +307,34 @@ def test_a_slot_read_in_a_step_is_not_written_in_it(lab: type[Lab]) -> None:
     step = tight.step()  # "back" fills the pool, then "grows" needs a block of "yields"
     assert step.ids == ["back", "grows"]
     assert len(step.output.swap_in) == 3
-    assert step.output.swap_out == []  # its slots are free from the next step on
+    assert step.output.swap_out == ()  # its slots are free from the next step on
     assert ("yields", Mode.RECOMPUTE) in step.yields
     tight.drain()
+
+
+def test_blocks_that_are_swapped_in_are_found_after_the_step_that_copies_them(
+    lab: type[Lab],
+) -> None:
+    """Until then nothing says that the step will succeed."""
+    trio = lab(preemption_mode="swap", num_blocks=9, num_swap_blocks=9)
+    prompt = list(range(1, 11))
+    trio.add("swapped", 1, prompt=prompt, max_tokens=6)
+    trio.step()
+    trio.add("urgent", 0, num_prompt=32, max_tokens=2)
+    assert len(trio.step().output.swap_out) == 3
+    assert trio.step().finished == ["urgent"]
+    trio.scheduler.block_manager.reset_prefix_cache()
+    same_step = trio.add("same step", 2, prompt=prompt, max_tokens=2)
+    step = trio.step()
+    assert len(step.output.swap_in) == 3
+    assert step.counts == {"swapped": 1, "same step": 10}
+    assert same_step.num_cached_tokens == 0
+    trio.scheduler.abort("same step")
+    next_step = trio.add("next step", 2, prompt=prompt, max_tokens=2)
+    trio.step()
+    assert next_step.num_cached_tokens == 8
+    assert next_step.block_table[:2] == trio.scheduler.requests["swapped"].block_table[:2]
+    trio.drain()
 
 
 @settings(max_examples=50)
@@ -338,120 +363,89 @@ def test_a_victim_comes_back_with_all_its_tokens(
 # ---------------------------------------------------------------------- forks
 
 
-def continuation(parent: Request, request_id: str, max_tokens: int = 9) -> Request:
-    child = Request(
-        request_id,
-        parent.priority,
-        parent.prompt_token_ids,
-        sampling_params=SamplingParams(max_tokens=max_tokens),
-    )
-    child.token_ids.extend(parent.output_token_ids)
-    return child
-
-
-def forked(lab: type[Lab], num_prompt: int = 6, **settings: Any) -> tuple[Lab, Request, Request]:
+def forked(lab: type[Lab], num_prompt: int = 6, **settings: Any) -> tuple[Lab, Request]:
+    """A request of two choices whose prompt has just been computed."""
     twins = lab(**settings)
-    parent = twins.add("parent", num_prompt=num_prompt, max_tokens=5)
-    twins.step()
-    child = continuation(parent, "child", 5)
-    twins.scheduler.fork("parent", child, twins.now)
-    invariants.check(twins.scheduler)
-    return twins, parent, child
+    request = twins.add("twins", num_prompt=num_prompt, max_tokens=5, n=2)
+    assert twins.step().counts == {"twins": num_prompt}
+    return twins, request
 
 
 def test_a_fork_computes_nothing_twice(lab: type[Lab]) -> None:
-    twins, parent, child = forked(lab)
-    assert child.status is RequestStatus.PAUSED
-    assert child.num_computed_tokens == 6
-    assert child.block_table == parent.block_table
-    source = parent.block_table[1]
+    twins, request = forked(lab)
+    first, second = request.sequences
+    assert (first.num_computed_tokens, second.num_computed_tokens) == (6, 6)
+    assert second.block_table == first.block_table
+    source = first.block_table[1]
     step = twins.step()
-    assert step.counts == {"parent": 1, "child": 1}
+    assert [(row.index, len(row.token_ids)) for row in step.output] == [(0, 1), (1, 1)]
     # The first of the two copies the partial block, then the second has it to itself.
-    assert step.output.block_copies == [(source, parent.block_table[1])]
-    assert child.block_table[1] == source
-    assert child.block_table[0] == parent.block_table[0]
+    assert step.output.block_copies == ((source, first.block_table[1]),)
+    assert second.block_table[1] == source
+    assert second.block_table[0] == first.block_table[0]
     assert all(not step.output.block_copies for step in twins.drain())
-    assert parent.num_output_tokens == child.num_output_tokens == 5
+    assert first.num_output_tokens == second.num_output_tokens == 5
+    assert request.num_recomputed_tokens == 0
 
 
 def test_a_fork_at_a_block_boundary_copies_nothing(lab: type[Lab]) -> None:
-    twins, parent, child = forked(lab, num_prompt=8)
+    twins, request = forked(lab, num_prompt=8)
     steps = twins.drain()
     assert not any(step.output.block_copies for step in steps)
-    assert parent.num_output_tokens == child.num_output_tokens == 5
-
-
-def test_a_block_is_taken_for_the_copy(lab: type[Lab]) -> None:
-    """No block is free for the copy, so the child, ranked last, gives its share up."""
-    twins, parent, child = forked(lab, num_blocks=2)
-    step = twins.step()
-    assert step.ids == ["parent"]
-    assert step.output.block_copies == []
-    assert child.num_preemptions == 1
-    twins.drain()
-    assert parent.num_preemptions == 0
-    assert parent.num_output_tokens == 2  # as far as the pool goes
-    assert child.num_output_tokens == 2
-
-
-def test_a_fork_outlives_its_parent(lab: type[Lab]) -> None:
-    twins, _, child = forked(lab)
-    twins.scheduler.abort("parent")
-    invariants.check(twins.scheduler)
-    steps = twins.drain()
-    assert not any(step.output.block_copies for step in steps)
-    assert child.num_output_tokens == 5
-    assert child.num_recomputed_tokens == 0
+    assert [sequence.num_output_tokens for sequence in request.sequences] == [5, 5]
 
 
 @pytest.mark.parametrize("mode", ["tail", "swap", "recompute", "auto"])
-def test_who_shares_all_its_blocks_has_nothing_to_give(lab: type[Lab], mode: str) -> None:
-    """Taking the fork's share of blocks that others keep would gain nothing."""
-    trio = lab(num_blocks=8, num_swap_blocks=8, preemption_mode=mode)
-    parent = trio.add("parent", 1, num_prompt=8, max_tokens=5)
-    other = trio.add("other", 2, num_prompt=16, max_tokens=3)
-    trio.step()
-    child = continuation(parent, "child", 3)
-    child.priority = 3
-    trio.scheduler.fork("parent", child)
-    trio.add("urgent", 0, num_prompt=12, max_tokens=1)  # lacks one block
-    step = trio.step()
-    assert step.ids[:2] == ["urgent", "parent"]
-    assert {one.request_id for one in step.output.preemptions if one.num_blocks} == {"other"}
-    assert child.num_preemptions == parent.num_preemptions == 0
-    assert other.num_preemptions > 0
-    trio.drain()
+def test_a_block_is_taken_for_the_copy(lab: type[Lab], mode: str) -> None:
+    """No block is free for the copy, so the request that ranks below gives one up."""
+    full = lab(num_blocks=6, num_swap_blocks=4, preemption_mode=mode)
+    low = full.add("low", 1, num_prompt=12, max_tokens=4)
+    full.step()
+    twins = full.add("twins", 0, num_prompt=6, max_tokens=2, n=2)
+    step = full.step()  # two blocks for the prompt, one is kept for the copy
+    assert step.ids[0] == "twins"
+    assert full.scheduler.block_manager.num_available <= 1
+    step = full.step()
+    assert len(step.output.block_copies) == 1
+    full.drain()
+    assert twins.num_preemptions == twins.num_recomputed_tokens == 0
+    assert [sequence.num_output_tokens for sequence in twins.sequences] == [2, 2]
+    assert low.num_output_tokens == 4
 
 
-def test_what_cannot_be_forked(lab: type[Lab]) -> None:
-    twins = lab(max_num_seqs=1)
-    parent = twins.add("parent", num_prompt=6, max_tokens=9)
-    waiting = twins.add("waiting", num_prompt=6)
-    fork = twins.scheduler.fork
-    with pytest.raises(UnknownRequest):
-        fork("nobody", continuation(parent, "child"))
-    with pytest.raises(InvalidRequest, match="'parent' has computed nothing to share"):
-        fork("parent", continuation(parent, "child"))
-    twins.step()
-    with pytest.raises(InvalidRequest, match="'waiting' has computed nothing to share"):
-        fork("waiting", continuation(waiting, "child"))
-    with pytest.raises(InvalidRequest, match="does not continue the 6 computed tokens"):
-        fork("parent", Request("child", 0, [1, 2, 3, 4, 5, 6, 7]))
-    with pytest.raises(InvalidRequest, match="does not continue the 6 computed tokens"):
-        fork("parent", Request("child", 0, parent.prompt_token_ids))
-    with pytest.raises(InvalidRequest, match="has 7 prompt tokens, must have the 6"):
-        fork("parent", Request("child", 0, [*parent.prompt_token_ids, 5]))
-    with pytest.raises(DuplicateRequest, match="'parent' is in use"):
-        fork("parent", continuation(parent, "parent"))
-    with pytest.raises(DuplicateRequest, match="'waiting' is in use"):
-        fork("parent", continuation(parent, "waiting"))
-    with pytest.raises(InvalidRequest, match="starts with 1 generated tokens, max_tokens is 1"):
-        fork("parent", continuation(parent, "child", max_tokens=1))
-    ended = continuation(parent, "child")
-    ended.transition(RequestStatus.FINISHED_REJECTED, 0.0)
-    with pytest.raises(InvalidRequest, match="'child' is finished_rejected; add a fresh one"):
-        fork("parent", ended)
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_choice_outlives_its_sibling_without_a_copy(lab: type[Lab], index: int) -> None:
+    twins, request = forked(lab)
+    twins.scheduler.stop_sequence("twins", index)
     invariants.check(twins.scheduler)
-    assert twins.scheduler.requests.keys() == {"parent", "waiting"}
-    twins.drain()
+    steps = twins.drain()
+    assert not any(step.output.block_copies for step in steps)
+    assert request.sequences[1 - index].num_output_tokens == 5
+    assert request.sequences[index].num_output_tokens == 1
+    assert request.num_recomputed_tokens == 0
+
+
+@pytest.mark.parametrize("mode", ["tail", "auto"])
+def test_a_request_that_shares_all_its_blocks_has_nothing_to_give(
+    lab: type[Lab], mode: str
+) -> None:
+    """Taking its share of blocks that a more urgent request keeps would gain nothing."""
+    trio = lab(num_blocks=10, preemption_mode=mode, max_num_seqs=5)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8]
+    keeps = trio.add("keeps", 0, prompt=[*prompt, 9], max_tokens=9)
+    trio.step()
+    other = trio.add("other", 2, num_prompt=10, max_tokens=4)
+    shares = trio.add("shares", 3, prompt=[*prompt, 8], max_tokens=3)
+    trio.step()
+    assert trio.scheduler.block_manager.num_available == 3
+    trio.add("urgent", 0, num_prompt=14, max_tokens=9)  # takes the last block of "shares"
+    step = trio.step()
+    assert [(each.request_id, each.num_blocks) for each in step.output.preemptions] == [
+        ("shares", 1)
+    ]
+    assert shares.block_table == keeps.block_table[:2]
+    trio.add("more", 0, num_prompt=3, max_tokens=2)
+    step = trio.step()
+    assert [each.request_id for each in step.output.preemptions if each.num_blocks] == ["other"]
+    assert (keeps.num_preemptions, other.num_preemptions, shares.num_preemptions) == (0, 1, 1)
+    trio.drain()

@@ -40,9 +40,9 @@ def ranked(
 ) -> Request:
     """A request as the scheduler ranks it."""
     request = Request(f"r{sequence}", priority, [1], arrival_time=arrival, deadline=deadline)
-    request.sequence = sequence
+    request.arrival_order = sequence
     request.key = (*policy.key(request), sequence)
-    request.threshold = policy.threshold(request)
+    request.threshold = request.displaces = policy.threshold(request)
     return request
 
 
@@ -66,7 +66,7 @@ def test_priority_goes_by_priority_then_arrival_then_order_of_adding() -> None:
         ranked(policy, 1.0, 0, 6),
         ranked(policy, 9.0, -1, 7),
     ]
-    assert [request.sequence for request in sorted(requests)] == [7, 6, 1, 2, 0]
+    assert [request.arrival_order for request in sorted(requests)] == [7, 6, 1, 2, 0]
 
 
 def test_deadline_goes_by_deadline_with_a_default_from_the_class() -> None:

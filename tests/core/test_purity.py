@@ -16,6 +16,7 @@ ALLOWED = {
     "collections",
     "dataclasses",
     "enum",
+    "functools",
     "hashlib",
     "heapq",
     "itertools",
@@ -61,8 +62,8 @@ def test_only_one_place_assigns_the_status() -> None:
         and node.attr == "status"
         and isinstance(node.ctx, ast.Store)
     ]
-    # The constructor's WAITING, and Request.transition.
-    assert [module for module, _ in places] == ["request", "request"]
+    # The constructor's WAITING, and Life.enter.
+    assert [module for module, _ in places] == ["life", "life"]
 
 
 def test_the_check_itself_sees_a_clock() -> None:

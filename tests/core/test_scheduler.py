@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 
 from headway.core import invariants
-from headway.core.config import TTFT_SHARE, PreemptionMode, SchedulerConfig
+from headway.core.config import PreemptionMode, SchedulerConfig
 from headway.core.cost_model import CostModel
 from headway.core.errors import DuplicateRequest, InvalidRequest, RequestTooLong, UnknownRequest
 from headway.core.policy import AgingPolicy
 from headway.core.request import PriorityRequest, Request, RequestStatus, SamplingParams
 from headway.core.scheduler import PriorityScheduler
-from headway.core.slo import HEADROOM, SLO
+from headway.core.slo import HEADROOM, SLO, TTFT_SHARE
 
 if TYPE_CHECKING:
     from tests.core.conftest import Lab, Step
@@ -32,16 +32,19 @@ def test_usable_on_its_own_exactly_as_documented() -> None:
     s = PriorityScheduler(max_batch_size=4)
     s.add_request(PriorityRequest("a", priority=1, prompt="…", max_tokens=8))
     batch = s.schedule()
-    assert [request.request_id for request in batch] == ["a"]
+    assert [row.request_id for row in batch] == ["a"]
     assert len(batch) == 1
-    assert batch[0] is s.running_queue[0]
+    assert [request.request_id for request in s.running_queue] == ["a"]
     assert not s.waiting_heap
-    assert batch.num_scheduled_tokens == [3]  # "…" is three bytes
+    assert batch[0].token_ids == tuple("…".encode())  # "…" is three bytes
     s.preempt("a")
-    assert s.waiting_heap.peek() is batch[0]
+    assert s.waiting_heap.peek() is s.requests["a"]
     assert s.running_queue == []
-    assert batch[0].token_ids == list("…".encode())
-    assert [request.request_id for request in s.schedule()] == ["a"]
+    assert s.requests["a"].token_ids == list("…".encode())
+    batch = s.schedule()
+    assert [row.request_id for row in batch] == ["a"]
+    assert s.update_from_output(batch, [(42,)]) == []
+    assert s.requests["a"].output_token_ids == [42]
     invariants.check(s)
 
 
@@ -194,7 +197,7 @@ def test_an_urgent_request_takes_a_slot_by_pausing_the_last(lab: type[Lab], mode
     two.add("a", 1, max_tokens=9)
     last = two.add("b", 1, max_tokens=9)
     two.steps(2)
-    table = list(last.block_table)
+    table = last.block_table
     two.add("urgent", 0, max_tokens=2)
     step = two.step()
     assert step.ids == ["urgent", "a"]
@@ -256,7 +259,7 @@ def test_the_tail_of_the_last_ranked_goes_and_no_more(lab: type[Lab]) -> None:
     step = crowd.step()
     assert step.counts == {"urgent": 14, "a": 1}
     (tail,) = step.output.preemptions
-    assert tail == ("b", Mode.TAIL, "urgent", 2, 6)  # two blocks, six computed tokens
+    assert tail == ("b", Mode.TAIL, "urgent", 2, 6, 1, "")  # two blocks, six computed tokens
     assert b.block_table == kept
     assert (b.status, b.num_computed_tokens) == (RequestStatus.PAUSED, 4)
     assert crowd.scheduler.statistics().blocks.held == 8
@@ -271,7 +274,7 @@ def test_without_swap_space_a_whole_victim_is_recomputed(lab: type[Lab], mode: s
     crowd, _, b = crowded(lab, preemption_mode=mode)
     crowd.add("urgent", 0, num_prompt=14, max_tokens=2)
     step = crowd.step()
-    assert step.output.preemptions == [("b", Mode.RECOMPUTE, "urgent", 3, 10)]
+    assert step.output.preemptions == (("b", Mode.RECOMPUTE, "urgent", 3, 10, 1, ""),)
     assert b.status is RequestStatus.PREEMPTED
     assert b.request_id in crowd.scheduler.waiting_heap
     assert b.num_computed_tokens == 0
@@ -316,6 +319,35 @@ def test_mode_none_takes_no_slots_either(lab: type[Lab]) -> None:
     assert one.step().ids == ["batch"]
     assert one.step().finished == ["batch"]
     assert one.step().ids == ["urgent"]
+
+
+def test_in_mode_none_an_urgent_request_outranks_others_once_it_runs(lab: type[Lab]) -> None:
+    """It displaces none while it waits; but time, and blocks to grow into, go by rank."""
+    timed = lab(
+        cost_model=CostModel((0.0, 0.01, 10.0, 0.0)),
+        max_step_ms=30.0,
+        max_num_seqs=8,
+        preemption_mode="none",
+    )
+    batch = [timed.add(name, 5, max_tokens=20) for name in "abcd"]
+    timed.steps(4)
+    urgent = [timed.add(name, 0, max_tokens=10) for name in "XY"]
+    assert all(each.displaces > each.threshold for each in (*batch, *urgent))
+    assert all(each.threshold < batch[0].key for each in urgent)
+    steps = timed.steps(11)[1:]
+    assert all(step.ids[:2] == ["X", "Y"] for step in steps[:9])
+    timed.drain()
+
+
+def test_in_mode_none_a_running_request_that_outranks_takes_blocks_to_grow(
+    lab: type[Lab],
+) -> None:
+    full = lab(num_blocks=6, preemption_mode="none")
+    low = full.add("low", 1, num_prompt=10, max_tokens=9)
+    high = full.add("high", 0, num_prompt=10, max_tokens=9)
+    full.drain()
+    assert high.num_preemptions == 0
+    assert low.num_preemptions > 0
 
 
 @pytest.mark.parametrize("mode", TAKING)
@@ -421,7 +453,7 @@ def test_decoding_above_shares_the_budget_with_a_chunk_below(lab: type[Lab]) -> 
     step = chunks.step()
     assert step.counts == {"decoding": 1, "prefilling": 7}
     assert step.output.num_batched_tokens == 8
-    assert step.output.features == (7, 1, 4, 7 * 3.5)
+    assert step.output.features == (7, 1, 4, 7 * 3.5, 1)
 
 
 def test_a_prefill_takes_the_tokens_of_those_below(lab: type[Lab]) -> None:
@@ -619,10 +651,12 @@ def test_targets_bound_what_rides_along(
     targets = dict(enumerate(tpots))
     slos = tuple(SLO(priority, tpot_ms=target / HEADROOM) for priority, target in targets.items())
     promised = lab(cost_model=model, slos=slos, max_num_seqs=6)
+    asked = {}
     for i, (priority, num_prompt, max_tokens) in enumerate(load):
+        asked[f"r{i}"] = priority
         promised.add(f"r{i}", priority, num_prompt, max_tokens)
     for step in promised.drain():
-        priorities = {one.priority for one in step.output.requests}
+        priorities = {asked[request_id] for request_id in step.ids}
         for priority in priorities & set(targets):
             if step.output.predicted_ms > targets[priority] + 1e-6:
                 assert max(priorities) == priority
@@ -808,7 +842,7 @@ def test_what_left_while_the_step_ran_is_passed_over(lab: type[Lab], call: str) 
     gone, stays = pair.add("gone"), pair.add("stays")
     output = pair.scheduler.schedule()
     getattr(pair.scheduler, call)("gone")
-    assert pair.scheduler.update_from_output(output, [5, 6]) == []
+    assert pair.scheduler.update_from_output(output, [(5,), (6,)]) == []
     invariants.check(pair.scheduler)
     assert gone.output_token_ids == []
     assert stays.output_token_ids == [6]
@@ -833,13 +867,13 @@ def test_times_are_those_it_was_told(lab: type[Lab]) -> None:
     clock.now = 2.0
     clock.add("first", 0, max_tokens=1)
     clock.step()
-    assert request.first_scheduled_time is None
+    assert request.life.first_scheduled_time is None
     for clock.now in (3.0, 4.0):
         clock.step()
     assert request.arrival_time == 1.0
-    assert request.first_scheduled_time == request.first_token_time == 3.0
+    assert request.life.first_scheduled_time == request.first_token_time == 3.0
     assert request.finish_time == 4.0
-    assert request.transitions == [
+    assert list(request.life.history) == [
         (1.0, RequestStatus.WAITING),
         (3.0, RequestStatus.RUNNING),
         (4.0, RequestStatus.FINISHED_LENGTH_CAPPED),
@@ -870,29 +904,29 @@ def test_statistics_count_every_status(lab: type[Lab]) -> None:
     statistics = world.scheduler.statistics()
     assert statistics.num_finished == 3
     assert statistics.num_running == statistics.num_swap_blocks_used == 0
-    assert statistics.num_recomputed_tokens == 0
+    assert statistics.recomputed_tokens == {}
 
 
 def test_recomputed_tokens_are_counted_once(lab: type[Lab]) -> None:
     one = lab(enable_prefix_caching=False)
-    request = one.add("a", num_prompt=10, max_tokens=3)
+    request = one.add("a", 3, num_prompt=10, max_tokens=3)
     one.step()
     one.scheduler.preempt("a")
     one.drain()
     assert request.num_recomputed_tokens == 10
     assert request.num_preemptions == 1
-    assert one.scheduler.statistics().num_recomputed_tokens == 10
+    assert one.scheduler.statistics().recomputed_tokens == {3: 10}  # by priority
 
 
-def test_a_step_is_a_sequence_of_requests(lab: type[Lab]) -> None:
+def test_a_step_is_a_sequence_of_rows(lab: type[Lab]) -> None:
     three = lab()
     for name in "abc":
         three.add(name)
     output = three.scheduler.schedule()
-    assert [one.request_id for one in output[:2]] == ["a", "b"]
+    assert [row.request_id for row in output[:2]] == ["a", "b"]
     assert output[-1].request_id == "c"
     assert output[0] in output
-    assert repr(output) == "SchedulerOutput([a:4, b:4, c:4], preemptions=[])"
+    assert repr(output) == "SchedulerOutput(1, [a:4, b:4, c:4], preemptions=())"
 
 
 def test_scheduling_again_decides_the_same_again(lab: type[Lab]) -> None:
@@ -900,8 +934,8 @@ def test_scheduling_again_decides_the_same_again(lab: type[Lab]) -> None:
     for name in "abc":
         three.add(name, num_prompt=6)
     first, second = three.scheduler.schedule(), three.scheduler.schedule()
-    assert list(first) == list(second)
-    assert first.num_scheduled_tokens == second.num_scheduled_tokens == [6, 4]
+    assert first.rows == second.rows
+    assert [len(row.token_ids) for row in second] == [6, 4]
 
 
 def test_config_of_a_scheduler_is_as_given() -> None:

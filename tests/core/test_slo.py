@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from headway.core.config import TTFT_SHARE, SchedulerConfig
+from headway.core.config import SchedulerConfig
 from headway.core.errors import ConfigError
 from headway.core.policy import DeadlinePolicy
 from headway.core.request import MAX_PRIORITY, MIN_PRIORITY, Request
-from headway.core.slo import SLO, SLOTable
+from headway.core.slo import SLO, TTFT_SHARE, SLOTable
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,15 @@ def test_the_deadline_policy_takes_its_deadlines_from_the_classes() -> None:
         for priority in (-1, 0, 4, 10)
     ]
     assert keys == [7.0, 7.0, 35.0, 65.0]
+
+
+def test_a_first_token_has_half_of_its_target_but_leaves_the_classes_above_theirs() -> None:
+    table = SLOTable([SLO(0, 100.0), SLO(5, None, 30.0), SLO(10, 60_000.0), SLO(20, 10.0)], 400.0)
+    assert table.step_limit_ms == pytest.approx(10.0 * TTFT_SHARE)
+    assert table.first_step_ms(-3) == table.first_step_ms(0) == pytest.approx(50.0)
+    assert table.first_step_ms(3) == table.step_limit_ms  # without a target for first tokens
+    assert table.first_step_ms(10) == pytest.approx(100.0 * TTFT_SHARE)
+    assert table.first_step_ms(20) == pytest.approx(5.0)
+    assert table.first_step_ms(21) == table.step_limit_ms
+    bounded = SLOTable([SLO(0, 1000.0)], max_step_ms=40.0)
+    assert bounded.first_step_ms(0) == bounded.step_limit_ms == 40.0

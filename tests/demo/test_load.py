@@ -36,19 +36,19 @@ def test_it_can_be_served_at_any_speed(simulation: Simulation, speed: float) -> 
     load = simulation.make_load(speed)
     times = [arrival.time for arrival in load.arrivals]
     assert times == sorted(times)
-    batch = [one for one in load.arrivals if one.priority == BATCH_PRIORITY]
-    urgent = [one for one in load.arrivals if one.priority == URGENT_PRIORITY]
+    batch = [arrival for arrival in load.arrivals if arrival.priority == BATCH_PRIORITY]
+    urgent = [arrival for arrival in load.arrivals if arrival.priority == URGENT_PRIORITY]
     assert len(batch) == NUM_BATCH
     assert urgent
-    assert max(one.time for one in urgent) < load.seconds
-    blocks = [-(-(len(one.token_ids) + one.max_tokens) // 32) for one in batch]
+    assert max(arrival.time for arrival in urgent) < load.seconds
+    blocks = [-(-(len(arrival.token_ids) + arrival.max_tokens) // 32) for arrival in batch]
     assert max(blocks) <= load.num_blocks <= 256
-    assert load.num_blocks < sum(sorted(blocks)[-NUM_SLOTS:]), "nobody would ever have to yield"
+    assert load.num_blocks < sum(sorted(blocks)[-NUM_SLOTS:]), "no request would ever have to yield"
 
 
 def test_a_faster_machine_gets_longer_work(simulation: Simulation) -> None:
     lengths = [
-        sum(one.max_tokens for one in simulation.make_load(speed).arrivals)
+        sum(arrival.max_tokens for arrival in simulation.make_load(speed).arrivals)
         for speed in (60.0, 200.0, 400.0)
     ]
     assert lengths == sorted(set(lengths))

@@ -52,10 +52,10 @@ def test_the_conclusion_is_a_sentence_with_the_ratio(summaries: list[RunSummary]
 
 def test_the_data_is_json_and_adds_up(runs: list[Run], summaries: list[RunSummary]) -> None:
     data = json.loads(json.dumps(as_data(summaries, (36, 36))))
-    for run, one in zip(runs, data["runs"], strict=True):
-        assert one["policy"] == run.policy
-        assert sum(one["num_unfinished"].values()) == 0
-        modes = sum(sum(counts.values()) for counts in one["preemptions"].values())
+    for run, numbers in zip(runs, data["runs"], strict=True):
+        assert numbers["policy"] == run.policy
+        assert sum(numbers["num_unfinished"].values()) == 0
+        modes = sum(sum(counts.values()) for counts in numbers["preemptions"].values())
         assert modes == len(run.preemptions)
 
 

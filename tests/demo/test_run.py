@@ -34,12 +34,18 @@ def test_there_are_pauses_and_losses_of_blocks(runs: list[Run]) -> None:
     assert ranked[PreemptionMode.SWAP] + ranked[PreemptionMode.TAIL] > 5
 
 
-def test_the_urgent_never_yield_to_anybody(runs: list[Run]) -> None:
-    assert not [one for _, one in runs[0].preemptions if one.request_id.startswith("urgent")]
+def test_the_urgent_never_yield(runs: list[Run]) -> None:
+    assert not [
+        preemption
+        for _, preemption in runs[0].preemptions
+        if preemption.request_id.startswith("urgent")
+    ]
 
 
 def test_ranking_shortens_the_wait_of_the_urgent(runs: list[Run]) -> None:
-    ranked, unranked = (summarize(run.finished)[0] for run in runs)
+    ranked, unranked = (
+        summarize(record.metrics for record in run.finished if record.metrics)[0] for run in runs
+    )
     assert ranked.priority == unranked.priority == URGENT_PRIORITY
     assert ranked.ttft_p99 < unranked.ttft_p50 / 10
 
@@ -50,11 +56,14 @@ def test_the_measured_speed_is_that_of_full_steps(simulation: Simulation) -> Non
 
 
 def test_a_run_waits_for_what_is_still_to_come(simulation: Simulation) -> None:
-    one = simulation.load.arrivals[0]
-    load = replace(simulation.load, arrivals=(one, replace(one, time=90.0, request_id="late")))
+    first = simulation.load.arrivals[0]
+    late = replace(first, time=90.0, request_id="late")
+    load = replace(simulation.load, arrivals=(first, late))
     run = simulation.run("priority", load)
     run.serve()
-    assert run.requests[1].first_scheduled_time == pytest.approx(run.start + 90.0)
+    metrics = run.records["late"].metrics
+    assert metrics is not None
+    assert metrics.first_scheduled_time == pytest.approx(run.start + 90.0)
     assert len(run.finished) == 2
 
 
@@ -72,4 +81,20 @@ def test_a_run_that_takes_too_long_is_cut_off(simulation: Simulation) -> None:
     assert run.is_cut_off
     assert 10.0 <= run.elapsed < 10.5
     assert 0 < len(run.finished) < len(run.requests)
-    assert all(request.is_finished for request in run.requests)
+    assert all(record.status.is_finished for record in run.requests)
+
+
+def test_what_is_kept_of_a_request_is_what_the_engine_told_of_it(runs: list[Run]) -> None:
+    for run in runs:
+        for record in run.requests:
+            metrics = record.metrics
+            assert metrics is not None
+            assert len(record.token_ids) == metrics.num_output_tokens == record.arrival.max_tokens
+            segments = run.segments(record)
+            assert segments[0].start == record.arrival_time
+            assert segments[-1].end == record.finish_time
+            seconds = {
+                phase: sum(each.end - each.start for each in segments if each.phase is phase)
+                for phase in metrics.phase_seconds
+            }
+            assert seconds == pytest.approx(dict(metrics.phase_seconds))

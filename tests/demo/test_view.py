@@ -14,7 +14,7 @@ from headway.demo.view import make_view, render
 
 if TYPE_CHECKING:
     from conftest import Simulation
-    from headway.engine.engine import Step
+    from headway.engine.client import StepReport
 
 SIZES = list(itertools.product((20, 40, 80, 120, 250), (4, 12, 24, 40, 80)))
 
@@ -32,7 +32,7 @@ def test_it_fits_every_terminal_at_every_moment(simulation: Simulation, policy: 
     sizes = itertools.cycle(SIZES)
     num_steps = 0
 
-    def look(step: Step) -> None:
+    def look(*_: object) -> None:
         nonlocal num_steps
         num_steps += 1
         if num_steps % 10 == 0:
@@ -41,26 +41,26 @@ def test_it_fits_every_terminal_at_every_moment(simulation: Simulation, policy: 
             assert len(lines) <= height
             assert all(len(line) <= width for line in lines)
 
-    run.engine.observers.append(look)
+    run.engine.listeners.append(look)
     run.serve()
     assert num_steps > 10 * len(SIZES)
 
 
-def test_it_shows_everybody_who_is_under_way_in_24_lines(simulation: Simulation) -> None:
+def test_it_shows_all_that_are_under_way_in_24_lines(simulation: Simulation) -> None:
     run = simulation.run("priority")
     num_looks = 0
 
-    def look(step: Step) -> None:
+    def look(step: StepReport, _: object) -> None:
         nonlocal num_looks
         if step.output.preemptions:
             num_looks += 1
             text = text_of(run, 80, 24)
-            unfinished = [one for one in run.requests if not one.is_finished]
-            for one in unfinished:
-                if one.status.value != "waiting":
-                    assert re.search(rf"^{one.request_id} +{one.status.value} ", text, re.M)
+            for record in run.requests:
+                status = record.status
+                if not status.is_finished and status.value != "waiting":
+                    assert re.search(rf"^{record.request_id} +{status.value} ", text, re.M)
 
-    run.engine.observers.append(look)
+    run.engine.listeners.append(look)
     run.serve()
     assert num_looks > 10
 
@@ -95,11 +95,11 @@ def test_a_terminal_is_as_before_afterwards(simulation: Simulation) -> None:
         run = simulation.run("priority")
         view.follow(run, "a title")
 
-        def interrupt(step: Step) -> None:
+        def interrupt(*_: object) -> None:
             if run.elapsed > 3:
                 raise KeyboardInterrupt
 
-        run.engine.observers.append(interrupt)
+        run.engine.listeners.append(interrupt)
         run.serve()
     output = file.getvalue()
     assert "batch-01" in output

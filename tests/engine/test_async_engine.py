@@ -1,11 +1,11 @@
-"""Many readers at once: streams, ends, faults, and a full house."""
+"""Many readers at once: streams, ends, faults, and a full queue."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
+import traceback
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,14 +20,30 @@ from headway.core.errors import (
 from headway.core.request import SamplingParams
 from headway.core.scheduler_output import SchedulerOutput
 from headway.engine.async_engine import AsyncEngine
+from headway.engine.client import StepReport
 from headway.engine.engine import Engine
-from headway.engine.outputs import RequestOutput
+from headway.engine.outputs import EngineOutput, RequestOutput
 from headway.executor.base import ModelRunnerOutput
 
 MakeEngine = Callable[..., Engine]
 
 #: Longer than any of these tests should take, so that one that hangs fails.
 TIMEOUT = 60.0
+
+
+@pytest.fixture
+def make_engine(make_engine: MakeEngine) -> Iterator[MakeEngine]:
+    """The same, for engines whose step thread has ended: commands may have come too late for it."""
+    engines: list[Engine] = []
+
+    def make(**settings: Any) -> Engine:
+        engines.append(make_engine(**settings))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        assert not engine.scheduler.has_unfinished_requests
+        engine.abort_all()
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -46,6 +62,16 @@ async def text_of(stream: AsyncIterator[RequestOutput]) -> str:
         text = output.outputs[0].text
     assert text == new_text
     return text
+
+
+async def last_of(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
+    """The last output of a stream."""
+    return [output async for output in stream][-1]
+
+
+async def text_of_rest(stream: AsyncIterator[RequestOutput]) -> str:
+    """The whole text of a stream that has been read in part."""
+    return (await last_of(stream)).outputs[0].text
 
 
 class Gate:
@@ -74,15 +100,16 @@ class Gate:
             assert self.may_pass.wait(TIMEOUT)
         if self.fault is not None:
             raise self.fault
-        return ModelRunnerOutput(
-            [
-                ord("a") if one.num_computed_tokens + count == one.num_tokens else None
-                for one, count in zip(output, output.num_scheduled_tokens, strict=True)
-            ]
-        )
+        return ModelRunnerOutput([(ord("a"),) * len(row.seeds) for row in output])
 
     def close(self) -> None:
         self.is_closed = True
+
+    def let_one_pass(self) -> None:
+        """The step that waits may go on; the next one waits."""
+        passing, self.may_pass = self.may_pass, threading.Event()
+        self.is_inside.clear()
+        passing.set()
 
     async def hold(self, engine: AsyncEngine) -> asyncio.Task[str]:
         """Let one request in, whose first step waits; it gets one token."""
@@ -125,7 +152,8 @@ def test_the_last_output_says_how_it_ended(make_engine: MakeEngine, story: str) 
 def test_token_ids_will_do_without_a_tokenizer(make_engine: MakeEngine, story: str) -> None:
     async def test() -> None:
         async with AsyncEngine(make_engine(tokenizer=None)) as engine:
-            outputs = [one async for one in engine.generate(list(story[:6].encode()), tokens(3))]
+            stream = engine.generate(list(story[:6].encode()), tokens(3))
+            outputs = [output async for output in stream]
             assert outputs[-1].outputs[0].token_ids == list(story[6:9].encode())
             with pytest.raises(InvalidRequest, match="no tokenizer"):
                 await text_of(engine.generate("text"))
@@ -133,7 +161,7 @@ def test_token_ids_will_do_without_a_tokenizer(make_engine: MakeEngine, story: s
     run(test())
 
 
-def test_a_slow_reader_slows_nobody(make_engine: MakeEngine, story: str) -> None:
+def test_a_slow_reader_slows_no_other(make_engine: MakeEngine, story: str) -> None:
     async def test() -> None:
         async with AsyncEngine(make_engine()) as engine:
             slow = engine.generate(story[:6], tokens(30), priority=0)
@@ -160,7 +188,8 @@ def test_set_priority_lets_a_request_overtake(make_engine: MakeEngine) -> None:
 
             readers = [asyncio.create_task(read(name)) for name in ("a", "b", "c")]
             await asyncio.sleep(0)
-            engine.set_priority("c", -5)
+            await engine.set_priority("c", -5)
+            await engine.set_priority("unknown", -5)
             gate.may_pass.set()
             await asyncio.gather(held, *readers)
             assert ended == ["c", "a", "b"]
@@ -168,7 +197,7 @@ def test_set_priority_lets_a_request_overtake(make_engine: MakeEngine) -> None:
     run(test())
 
 
-# --- readers who go -------------------------------------------------------------------------------
+# --- readers that go ------------------------------------------------------------------------------
 
 
 def test_a_cancelled_reader_s_request_is_aborted(make_engine: MakeEngine) -> None:
@@ -200,7 +229,7 @@ def test_abort_ends_the_stream(make_engine: MakeEngine) -> None:
             stream = engine.generate("x", tokens(700), "mine")
             await anext(stream)
             await engine.abort("mine")
-            await engine.abort("nobody")
+            await engine.abort("unknown")
             gate.may_pass.set()
             last = [output async for output in stream][-1]
             assert (last.finished, last.outputs[0].finish_reason) == (True, "abort")
@@ -227,17 +256,86 @@ def test_an_id_can_be_used_again_at_once(make_engine: MakeEngine) -> None:
     run(test())
 
 
+def test_an_id_can_be_used_again_while_the_end_of_the_last_is_unread(
+    make_engine: MakeEngine, story: str
+) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine()) as engine:
+            old = engine.generate(story[:6], tokens(9), "same")
+            begun = (await anext(old)).new_text
+            while engine.get_request("same") is not None:
+                await asyncio.sleep(0)
+            assert await text_of(engine.generate(story[:8], tokens(3), "same")) == story[8:11]
+            assert begun + "".join([output.new_text async for output in old]) == story[6:15]
+            assert await text_of(engine.generate(story[:7], tokens(3), "same")) == story[7:10]
+            await engine.drain()
+
+    run(test())
+
+
+def test_an_abort_that_comes_too_late_does_not_end_the_next_request_of_the_id(
+    make_engine: MakeEngine,
+) -> None:
+    """The slow reader's request has ended by itself before its abort is on its way."""
+
+    async def test() -> None:
+        gate = Gate(num_free=1)
+        has_ended = threading.Event()
+
+        def listen(_: StepReport, outputs: Sequence[EngineOutput]) -> None:
+            if any(output.is_last for output in outputs):
+                has_ended.set()
+
+        async with AsyncEngine(make_engine(executor=gate), max_buffered_tokens=10) as engine:
+            engine.add_listener(listen)
+            slow = engine.generate("x", tokens(60), "same")
+            await anext(slow)
+            gate.may_pass.set()
+            assert has_ended.wait(TIMEOUT)  # the loop stands still, and all is delivered at once
+            await asyncio.sleep(0)
+            assert len(await text_of(engine.generate("x", tokens(5), "same"))) == 5
+            with pytest.raises(SlowReader):
+                await text_of_rest(slow)
+
+    run(test())
+
+
+def test_an_id_is_handed_from_reader_to_reader(make_engine: MakeEngine) -> None:
+    """Each leaves before anything has come; the last one stays."""
+
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate)) as engine:
+            held = await gate.hold(engine)
+            for _ in range(5):
+                leaving = asyncio.create_task(text_of(engine.generate("x", tokens(9), "same")))
+                await asyncio.sleep(0)
+                leaving.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await leaving
+            last = asyncio.create_task(text_of(engine.generate("x", tokens(3), "same")))
+            await asyncio.sleep(0)
+            gate.may_pass.set()
+            assert await asyncio.gather(held, last) == ["a", "aaa"]
+            await engine.drain(timeout=TIMEOUT)
+            assert engine.list_requests() == []
+
+    run(test())
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
 def test_a_duplicate_id_costs_its_neighbour_nothing(make_engine: MakeEngine, story: str) -> None:
     async def test() -> None:
-        async with AsyncEngine(make_engine()) as engine:
+        gate = Gate(num_free=3)
+        async with AsyncEngine(make_engine(executor=gate)) as engine:
             stream = engine.generate(story[:6], tokens(20), "same")
-            begun = (await anext(stream)).new_text
+            await anext(stream)
             with pytest.raises(DuplicateRequest, match="request id 'same' is in use"):
                 await text_of(engine.generate(story[:9], tokens(20), "same"))
-            assert begun + "".join([one.new_text async for one in stream]) == story[6:26]
+            gate.may_pass.set()
+            assert await text_of_rest(stream) == "a" * 20
 
     run(test())
 
@@ -268,48 +366,50 @@ def test_a_refused_request_gets_a_reply(
     run(test())
 
 
-def test_a_full_ring_is_said_or_waited_for(make_engine: MakeEngine) -> None:
+def test_a_full_ring_is_waited_for(make_engine: MakeEngine) -> None:
     async def test() -> None:
         gate = Gate()
-        async with AsyncEngine(make_engine(executor=gate, ingress_capacity=2)) as engine:
-            held = await gate.hold(engine)
-            readers = [
-                asyncio.create_task(text_of(engine.generate("x", tokens(2)))) for _ in range(6)
-            ]
-            await asyncio.sleep(0)
-            # The step still waits at the gate, so this cannot have waited for room.
-            with pytest.raises(QueueFull, match="2 requests have arrived since the last step"):
-                await text_of(engine.generate("x", wait_for_room=False))
-            gate.may_pass.set()
-            assert await asyncio.gather(*readers) == ["aa"] * 6
-            assert await held == "a"
-
-    run(test())
-
-
-def test_a_full_queue_is_said_or_waited_for(make_engine: MakeEngine) -> None:
-    async def test() -> None:
-        gate = Gate()
-        inner = make_engine(executor=gate, max_num_seqs=1, max_num_queued_reqs=2)
+        inner = make_engine(executor=gate, ingress_capacity=2)
         async with AsyncEngine(inner) as engine:
             held = await gate.hold(engine)
             readers = [
                 asyncio.create_task(text_of(engine.generate("x", tokens(2)))) for _ in range(6)
             ]
             await asyncio.sleep(0)
-            # Of the three that come in by force, one has a place when somebody starts.
-            forced = [
-                asyncio.create_task(text_of(engine.generate("x", tokens(2), wait_for_room=False)))
-                for _ in range(3)
-            ]
+            assert inner.num_ingress_refusals == 4
+            gate.may_pass.set()
+            assert await asyncio.gather(held, *readers) == ["a"] + ["aa"] * 6
+
+    run(test())
+
+
+def test_a_full_queue_lets_the_urgent_in_and_turns_the_least_urgent_away(
+    make_engine: MakeEngine,
+) -> None:
+    async def test() -> None:
+        gate = Gate()
+        inner = make_engine(executor=gate, max_num_seqs=2, max_num_queued_reqs=2)
+        async with AsyncEngine(inner) as engine:
+            held = await gate.hold(engine)
+            ended: list[str] = []
+
+            async def read(name: str, priority: int) -> str:
+                count = 3 if priority == 0 else 9
+                text = await text_of(engine.generate("x", tokens(count), name, priority=priority))
+                ended.append(name)
+                return text
+
+            batch = [asyncio.create_task(read(f"batch{i}", 5)) for i in range(4)]
+            await asyncio.sleep(0)
+            urgent = asyncio.create_task(read("urgent", 0))
             await asyncio.sleep(0)
             gate.may_pass.set()
-            results = await asyncio.gather(*forced, return_exceptions=True)
-            assert results[0] == "aa"
-            for refusal in results[1:]:
-                assert isinstance(refusal, QueueFull)
-                assert "2 requests at least as urgent are waiting" in str(refusal)
-            assert await asyncio.gather(held, *readers) == ["a"] + ["aa"] * 6
+            assert await urgent == "aaa"
+            with pytest.raises(QueueFull, match="2 requests at least as urgent") as caught:
+                await batch.pop()
+            assert caught.value.retry_after > 0
+            assert await asyncio.gather(held, *batch) == ["a"] + ["a" * 9] * 3
+            assert ended[0] == "urgent", "it went first, although it came last"
 
     run(test())
 
@@ -320,14 +420,10 @@ def test_the_more_urgent_takes_the_place_of_one_that_waits(make_engine: MakeEngi
         inner = make_engine(executor=gate, max_num_seqs=1, max_num_queued_reqs=1)
         async with AsyncEngine(inner) as engine:
             held = await gate.hold(engine)
-            waiting = asyncio.create_task(
-                text_of(engine.generate("x", tokens(2), priority=5, wait_for_room=False))
-            )
+            waiting = asyncio.create_task(text_of(engine.generate("x", tokens(2), priority=5)))
             await asyncio.sleep(0)
             urgent = [
-                asyncio.create_task(
-                    text_of(engine.generate("x", tokens(2), priority=4, wait_for_room=False))
-                )
+                asyncio.create_task(text_of(engine.generate("x", tokens(2), priority=4)))
                 for _ in range(2)
             ]
             await asyncio.sleep(0)
@@ -340,63 +436,267 @@ def test_the_more_urgent_takes_the_place_of_one_that_waits(make_engine: MakeEngi
     run(test())
 
 
-# --- asking, draining, slow readers ---------------------------------------------------------------
+# --- asking ---------------------------------------------------------------------------------------
 
 
-def test_requests_can_be_listed_while_they_are_served(make_engine: MakeEngine) -> None:
+def test_requests_can_be_listed_while_a_step_is_stuck(make_engine: MakeEngine) -> None:
+    """The answers come from what was published: the step thread has no part in them."""
+
     async def test() -> None:
         gate = Gate()
         async with AsyncEngine(make_engine(executor=gate, max_num_seqs=1)) as engine:
-            assert await engine.list_requests() == []
+            assert engine.list_requests() == []
             held = await gate.hold(engine)
             readers = [
                 asyncio.create_task(text_of(engine.generate("x", tokens(2), name, priority=rank)))
                 for name, rank in (("first", 3), ("second", 0), ("third", 7))
             ]
             await asyncio.sleep(0)
-            questions = [
-                asyncio.create_task(engine.list_requests()),
-                asyncio.create_task(engine.list_requests(limit=1)),
-                asyncio.create_task(engine.get_request("third")),
-                asyncio.create_task(engine.get_request("nobody")),
-            ]
-            await asyncio.sleep(0)
+            assert not gate.may_pass.is_set()
+            infos = engine.list_requests()
+            assert [info.request_id for info in infos] == ["held", "first", "second", "third"]
+            assert {info.status for info in infos} == {"waiting"}, "nothing has been published"
+            assert engine.list_requests(limit=2) == infos[:2]
+            gate.num_free = 1
+            gate.is_inside.clear()
             gate.may_pass.set()
-            infos, first, third, nobody = await asyncio.gather(*questions)
-            assert [(one.request_id, one.priority, one.status) for one in infos] == [
-                ("second", 0, "waiting"),
-                ("first", 3, "waiting"),
-                ("third", 7, "waiting"),
-            ]
-            assert [one.request_id for one in first] == ["second"]
-            assert third.rank == 2
-            assert third.predicted_wait > infos[1].predicted_wait > 0
-            assert nobody is None
-            assert await asyncio.gather(held, *readers) == ["a", "aa", "aa", "aa"]
-        with pytest.raises(EngineStopped):
-            await engine.list_requests()
+            assert await held == "a"
+            await asyncio.gather(*readers)
+            assert engine.list_requests() == []
+            assert engine.get_request("held") is None
 
     run(test())
 
 
-def test_a_question_is_answered_or_refused_when_the_step_loop_dies(
+def test_an_answer_is_as_of_the_latest_step(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate(num_free=3)
+        inner = make_engine(executor=gate, max_num_seqs=1, max_num_batched_tokens=4)
+        async with AsyncEngine(inner) as engine:
+            stream = engine.generate("x" * 7, tokens(50), "mine", priority=3, tenant="t")
+            begun = await anext(stream)
+            while len(begun.outputs[0].token_ids) < 2:
+                begun = await anext(stream)
+            waiting = [
+                asyncio.create_task(text_of(engine.generate("x", tokens(2), name, priority=rank)))
+                for name, rank in (("c", 9), ("a", 4), ("b", 4))
+            ]
+            await asyncio.to_thread(gate.is_inside.wait, TIMEOUT)
+            gate.let_one_pass()  # with the next step, the others enter the queue
+            await asyncio.to_thread(gate.is_inside.wait, TIMEOUT)
+            gate.let_one_pass()
+            await asyncio.to_thread(gate.is_inside.wait, TIMEOUT)
+            while (found := engine.get_request("c")) is None or found.rank != 3:
+                await asyncio.sleep(0)
+            mine, *others = engine.list_requests()
+            assert (mine.request_id, mine.tenant) == ("mine", "t")
+            assert (mine.status, mine.priority, mine.rank) == ("running", 3, 0)
+            assert (mine.num_prompt_tokens, mine.max_tokens, mine.num_sequences) == (7, 50, 1)
+            assert mine.num_output_tokens >= 2
+            assert mine.num_computed_tokens == 7 + mine.num_output_tokens - 1
+            assert mine.predicted_wait == 0
+            assert [info.request_id for info in others] == ["a", "b", "c"]
+            assert [info.rank for info in others] == [1, 2, 3]
+            assert {info.status for info in others} == {"waiting"}
+            waits = [info.predicted_wait for info in others]
+            assert 0 < waits[0] < waits[1] < waits[2]
+            for info in others:
+                again = engine.get_request(info.request_id)
+                assert again is not None
+                assert again._replace(age=info.age) == info
+            assert engine.get_request("mine") is None, "it is another tenant's"
+            of_tenant = engine.list_requests(tenant="t")
+            assert [(info.request_id, info.rank) for info in of_tenant] == [("mine", 0)]
+            assert [info.request_id for info in engine.list_requests(tenant="", limit=2)] == [
+                "a",
+                "b",
+            ]
+            gate.may_pass.set()
+            assert len(await text_of_rest(stream)) == 50
+            await asyncio.gather(*waiting)
+
+    run(test())
+
+
+def test_a_forecast_is_about_what_it_takes(make_engine: MakeEngine) -> None:
+    """Twelve requests on two slots; the simulated clock tells when each was in a step."""
+
+    async def test() -> None:
+        inner = make_engine(max_num_seqs=2)
+        async with AsyncEngine(inner) as engine:
+            predicted: dict[str, float] = {}
+            num_steps = 0
+            are_submitted, is_seen, may_go_on = (threading.Event() for _ in range(3))
+
+            def look(report: StepReport, _: object) -> None:
+                nonlocal num_steps
+                num_steps += report.result is not None
+                assert are_submitted.wait(TIMEOUT)
+                if num_steps == 25:  # the cost model has seen some steps
+                    is_seen.set()
+                    assert may_go_on.wait(TIMEOUT)
+
+            engine.add_listener(look)
+            firsts: dict[str, float] = {}
+
+            async def read(name: str) -> None:
+                async for output in engine.generate("It was", tokens(20), name):
+                    if output.metrics is not None:
+                        firsts[name] = output.metrics.first_scheduled_time or 0.0
+
+            names = [f"r{index:02}" for index in range(12)]
+            readers = [asyncio.create_task(read(name)) for name in names]
+            await asyncio.sleep(0)
+            are_submitted.set()
+            await asyncio.to_thread(is_seen.wait, TIMEOUT)
+            await asyncio.sleep(0)
+            at = engine.now()
+            for info in engine.list_requests():
+                if info.status == "waiting":
+                    predicted[info.request_id] = info.predicted_wait
+            may_go_on.set()
+            await asyncio.gather(*readers)
+            assert len(predicted) == 8
+            for name, wait in predicted.items():
+                assert wait == pytest.approx(firsts[name] - at, rel=0.3, abs=0.1)
+
+    run(test())
+
+
+def test_what_is_said_of_a_request_does_not_depend_on_who_is_faster(
     make_engine: MakeEngine,
 ) -> None:
+    """The engine may have done a step for a request before the loop notes that it was let in."""
+
+    async def test() -> None:
+        gate = Gate(num_free=1)
+        inner = make_engine(executor=gate)
+        async with AsyncEngine(inner) as engine:
+            wake, is_done = inner.on_ingress, threading.Event()
+            inner.listeners.append(lambda step, outputs: is_done.set())
+
+            def wake_and_wait() -> None:
+                wake()
+                assert is_done.wait(TIMEOUT)
+
+            inner.on_ingress = wake_and_wait
+            stream = engine.generate("xyz", tokens(2), "a")
+            output = await anext(stream)
+            assert output.new_token_ids == [ord("a")]
+            info = engine.get_request("a")
+            gate.may_pass.set()
+            assert await text_of_rest(stream) == "aa"
+            assert info is not None
+            assert (info.num_output_tokens, info.num_prompt_tokens) == (1, 3)
+
+    run(test())
+
+
+def test_what_is_asked_when_the_step_loop_has_died(make_engine: MakeEngine) -> None:
     async def test() -> None:
         gate = Gate()
         async with AsyncEngine(make_engine(executor=gate)) as engine:
             held = await gate.hold(engine)
-            question = asyncio.create_task(engine.list_requests())
-            await asyncio.sleep(0)
+            assert engine.get_request("held") is not None
             gate.fault = RuntimeError("boom")
             gate.may_pass.set()
             with pytest.raises(EngineStopped):
                 await held
-            with suppress(EngineStopped):
-                assert len(await question) <= 1
-            assert not engine.is_alive
+            assert engine.list_requests() == []
+            assert engine.get_request("held") is None
+            assert engine.statistics.num_finished == 1
+            while engine.is_alive:  # the reader hears of it a moment before
+                await asyncio.sleep(0)
+            assert engine.failure is gate.fault
 
     run(test())
+
+
+# --- tenants --------------------------------------------------------------------------------------
+
+
+def test_ids_are_a_tenant_s_own(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        async with AsyncEngine(make_engine(executor=gate)) as engine:
+            held = await gate.hold(engine)
+            streams = {
+                tenant: engine.generate("x", tokens(2), "same", tenant=tenant, priority=rank)
+                for rank, tenant in enumerate(("", "a", "b"))
+            }
+            last = {tenant: asyncio.create_task(last_of(of)) for tenant, of in streams.items()}
+            await asyncio.sleep(0)
+            with pytest.raises(DuplicateRequest, match="request id 'same' is in use"):
+                await text_of(engine.generate("x", tenant="a", request_id="same"))
+            infos = engine.list_requests()
+            assert [(info.tenant, info.request_id) for info in infos[1:]] == [
+                ("", "same"),
+                ("a", "same"),
+                ("b", "same"),
+            ]
+            await engine.set_priority("same", 7, "a")
+            await engine.abort("same", "b")
+            gate.may_pass.set()
+            outputs = {tenant: await task for tenant, task in last.items()}
+            assert {output.request_id for output in outputs.values()} == {"same"}
+            assert outputs["b"].outputs[0].finish_reason == "abort"
+            assert outputs["a"].outputs[0].text == outputs[""].outputs[0].text == "aa"
+            assert await held == "a"
+
+    run(test())
+
+
+def test_a_tenant_s_name_holds_no_slash(make_engine: MakeEngine) -> None:
+    """Or it could name another tenant's request."""
+
+    async def test() -> None:
+        async with AsyncEngine(make_engine()) as engine:
+            with pytest.raises(InvalidRequest, match=r"^tenant is 'a/b', must not hold a slash$"):
+                await text_of(engine.generate("x", tenant="a/b"))
+            # Ids may: this is not the request "c" of tenant "b/", nor any other of tenant "a".
+            await text_of(engine.generate("x", tokens(1), "b/c", tenant="a"))
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_shared"),
+    [
+        ({}, {}, True),
+        ({"tenant": "a"}, {"tenant": "a"}, True),
+        ({"tenant": "a"}, {"tenant": "b"}, False),
+        ({"tenant": "a"}, {}, False),
+        ({"tenant": "a", "cache_group": "g"}, {"tenant": "b", "cache_group": "g"}, True),
+        ({"tenant": "a", "cache_group": "g"}, {"tenant": "g"}, False),
+        ({"tenant": "a", "cache_salt": "s"}, {"tenant": "a"}, False),
+        ({"cache_salt": "s"}, {"cache_salt": "s"}, True),
+        ({"cache_salt": "s"}, {"cache_salt": "t"}, False),
+        (
+            {"tenant": "a", "cache_group": "g", "cache_salt": "s"},
+            {"tenant": "b", "cache_group": "g", "cache_salt": "s"},
+            True,
+        ),
+    ],
+)
+def test_who_finds_whose_prompt_in_the_prefix_cache(
+    make_engine: MakeEngine,
+    story: str,
+    first: dict[str, str],
+    second: dict[str, str],
+    is_shared: bool,
+) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine()) as engine:
+            await text_of(engine.generate(story[:18], tokens(1), **first))
+            stream = engine.generate(story[:18], tokens(2), **second)
+            outputs = [output async for output in stream]
+            assert outputs[0].num_cached_tokens == (16 if is_shared else 0)
+            assert outputs[-1].outputs[0].text == story[18:20]
+
+    run(test())
+
+
+# --- draining, slow readers -----------------------------------------------------------------------
 
 
 def test_draining_finishes_what_has_begun_and_takes_nothing_new(make_engine: MakeEngine) -> None:
@@ -418,7 +718,7 @@ def test_draining_finishes_what_has_begun_and_takes_nothing_new(make_engine: Mak
     run(test())
 
 
-def test_draining_ends_those_who_take_too_long(make_engine: MakeEngine) -> None:
+def test_draining_ends_requests_that_take_too_long(make_engine: MakeEngine) -> None:
     async def test() -> None:
         gate = Gate()
         async with AsyncEngine(make_engine(executor=gate)) as engine:
@@ -436,8 +736,8 @@ def test_a_reader_who_does_not_read_costs_a_bounded_buffer(make_engine: MakeEngi
         async with AsyncEngine(make_engine(), max_buffered_tokens=10) as engine:
             slow = engine.generate("x", tokens(500), "slow")
             received = list((await anext(slow)).new_token_ids)
-            while await engine.get_request("slow") is not None:
-                pass
+            while engine.get_request("slow") is not None:
+                await asyncio.sleep(0)
             with pytest.raises(SlowReader, match=r"1\d tokens wait to be read, at most 10 may"):
                 async for output in slow:
                     received += output.new_token_ids
@@ -477,13 +777,14 @@ def test_a_request_that_waits_for_room_can_be_aborted_and_ranked(make_engine: Ma
             output = asyncio.create_task(anext(ranked))
             await asyncio.sleep(0)
             await engine.abort("doomed")
-            engine.set_priority("ranked", -5)
+            ranking = asyncio.create_task(engine.set_priority("ranked", -5))
             with pytest.raises(InvalidRequest, match="must be an int64"):
-                engine.set_priority("ranked", 2**63)
+                await engine.set_priority("ranked", 2**63)
             assert (await last).outputs[0].finish_reason == "abort"
             gate.may_pass.set()
             assert await asyncio.gather(held, in_ring) == ["a", "a"]
             assert (await output).outputs[0].text == "a"
+            await ranking
 
     run(test())
 
@@ -528,14 +829,39 @@ def test_a_step_that_fails_is_heard_of_by_every_reader(
             gate.may_pass.set()
             replies = await asyncio.gather(held, *readers, return_exceptions=True)
             message = f"the step loop died of {type(fault).__name__}: {fault}"
-            assert [(type(one), str(one)) for one in replies] == [(EngineStopped, message)] * 7
+            assert [(type(reply), str(reply)) for reply in replies] == [
+                (EngineStopped, message)
+            ] * 7
             assert isinstance(replies[0], EngineStopped) and replies[0].__cause__ is fault
-            # And by everybody who comes later, also where the ring is full.
+            # And by every reader who comes later, also where the ring is full.
             for _ in range(5):
                 with pytest.raises(EngineStopped, match=str(fault)):
                     await text_of(engine.generate("x"))
                 await engine.abort("held")
         assert gate.is_closed
+
+    run(test())
+
+
+def test_an_error_that_many_readers_share_does_not_grow_with_them(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate()
+        inner = make_engine(executor=gate)
+        async with AsyncEngine(inner) as engine:
+            held = await gate.hold(engine)
+            readers = [
+                asyncio.create_task(text_of(engine.generate("x", tokens(5)))) for _ in range(50)
+            ]
+            await asyncio.sleep(0)
+            gate.fault = RuntimeError("boom")
+            gate.may_pass.set()
+            replies = await asyncio.gather(held, *readers, return_exceptions=True)
+            for _ in range(50):
+                with pytest.raises(EngineStopped) as caught:
+                    await text_of(engine.generate("x"))
+            for error in (*replies, caught.value):
+                assert isinstance(error, EngineStopped)
+                assert len(traceback.extract_tb(error.__traceback__)) < 10
 
     run(test())
 
@@ -584,5 +910,78 @@ def test_an_engine_that_was_never_started_can_be_shut_down(make_engine: MakeEngi
         await engine.shutdown()
         with pytest.raises(EngineStopped):
             await text_of(engine.generate("x"))
+
+    run(test())
+
+
+@pytest.mark.parametrize("way", ["drain", "shutdown", "death"])
+def test_requests_whose_readers_have_gone_do_not_hold_up_the_end(
+    make_engine: MakeEngine, way: str
+) -> None:
+    """Aborts of theirs are on their way, some outside a full ring, while a step is stuck."""
+
+    async def test() -> None:
+        gate = Gate()
+        inner = make_engine(executor=gate, max_num_seqs=1, ingress_capacity=2)
+        async with AsyncEngine(inner) as engine:
+            held = await gate.hold(engine)
+            readers = [
+                asyncio.create_task(text_of(engine.generate("x", tokens(5), f"{index}")))
+                for index in range(4)
+            ]
+            await asyncio.sleep(0)
+            for reader in readers:  # two in the ring, two that wait for room
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+            again = asyncio.create_task(text_of(engine.generate("x", tokens(2), "0")))
+            await asyncio.sleep(0)
+            if way == "death":
+                gate.fault = RuntimeError("boom")
+            if way == "shutdown":
+                ending = asyncio.create_task(engine.shutdown())
+            else:
+                ending = asyncio.create_task(engine.drain())
+            await asyncio.sleep(0)
+            gate.may_pass.set()
+            await ending
+            replies = await asyncio.gather(held, again, return_exceptions=True)
+            assert isinstance(replies[1], EngineStopped)
+            if way == "death":
+                assert isinstance(replies[0], EngineStopped)
+            else:
+                assert replies[0] == "a"
+            assert engine.list_requests() == []
+
+    run(test())
+
+
+def test_draining_ends_a_group_that_takes_too_long(make_engine: MakeEngine) -> None:
+    async def test() -> None:
+        gate = Gate(num_free=2)
+        inner = make_engine(executor=gate)
+        async with AsyncEngine(inner) as engine:
+            stream = engine.generate("x", tokens(100), n=3)
+            await anext(stream)
+            await engine.drain(timeout=0)
+            with pytest.raises(EngineStopped, match="0 s were not enough"):
+                async for _ in stream:
+                    pass
+            gate.may_pass.set()
+
+    run(test())
+
+
+def test_a_reader_of_a_group_that_does_not_read_costs_a_bounded_buffer(
+    make_engine: MakeEngine,
+) -> None:
+    async def test() -> None:
+        async with AsyncEngine(make_engine(), max_buffered_tokens=10) as engine:
+            slow = engine.generate("x", tokens(100), "slow", n=4)
+            await anext(slow)
+            while engine.get_request("slow") is not None:
+                await asyncio.sleep(0)
+            with pytest.raises(SlowReader, match=r"4\d tokens wait to be read, at most 40 may"):
+                async for _ in slow:
+                    pass
 
     run(test())

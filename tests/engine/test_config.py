@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import BYTE_VOCAB_SIZE
 
 from headway.core.config import PreemptionMode
 from headway.core.errors import ConfigError, DamagedModel, UnknownModel
 from headway.core.policy import AgingPolicy
-from headway.engine.config import EngineConfig
+from headway.core.request import SamplingParams
+from headway.engine.config import EngineConfig, ExecutorSettings, Progress
 from headway.engine.llm import LLM
+from headway.executor.base import Executor
+from headway.executor.simulated import SimulatedExecutor, VirtualClock
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,52 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF, more or less")
     with pytest.raises(DamagedModel, match=r"broken\.gguf"):
         EngineConfig(model=path).build()
+
+
+def test_an_executor_of_another_kind_is_built_from_the_same_settings(byte_model: Path) -> None:
+    built: list[ExecutorSettings] = []
+    stages: list[tuple[str, float]] = []
+
+    def simulated(settings: ExecutorSettings, progress: Progress | None) -> Executor:
+        built.append(settings)
+        if progress is not None:
+            progress("simulate", 1.0)
+        assert settings.max_model_len is not None
+        return SimulatedExecutor(
+            VirtualClock(),
+            num_blocks=100,
+            block_size=4,
+            max_model_len=settings.max_model_len,
+            sampler=lambda _, position: ord("a") + position % 26,
+        )
+
+    llm = LLM(
+        str(byte_model),
+        executor=simulated,
+        progress=lambda stage, fraction: stages.append((stage, fraction)),
+        max_num_seqs=3,
+        max_model_len=40,
+        kv_cache_bytes=5000,
+        swap_space_bytes=0,
+        num_threads=2,
+    )
+    assert built == [
+        ExecutorSettings(
+            model_path=byte_model,
+            vocab_size=BYTE_VOCAB_SIZE,
+            max_num_seqs=3,
+            max_model_len=40,
+            kv_cache_bytes=5000,
+            swap_space_bytes=0,
+            num_threads=2,
+        )
+    ]
+    assert stages == [("simulate", 1.0)]
+    config = llm.engine.scheduler.config
+    assert (config.num_blocks, config.block_size, config.max_model_len) == (100, 4, 40)
+    (output,) = llm.generate("ab", SamplingParams(max_tokens=3))
+    assert output.outputs[0].text == "cde"
+    llm.close()
 
 
 @pytest.mark.model

@@ -1,9 +1,13 @@
-"""The step loop: requests in, outputs out, and nobody pays for another's mistake."""
+"""The step loop: requests in, outputs out, and no request pays for another's mistake."""
 
 from __future__ import annotations
 
+import logging
+import pickle
 import threading
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,17 @@ import pytest
 
 from headway.core import invariants
 from headway.core.config import SchedulerConfig
-from headway.core.errors import EngineStopped, InvalidRequest, QueueFull, RequestTooLong
+from headway.core.errors import (
+    DuplicateRequest,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+    RequestTooLong,
+)
 from headway.core.request import Request, RequestStatus, SamplingParams
 from headway.core.scheduler import PriorityScheduler
-from headway.engine.engine import Engine, Step
+from headway.engine.client import EngineStatistics, StepReport
+from headway.engine.engine import Engine
 from headway.engine.llm import LLM
 from headway.engine.outputs import EngineOutput, RequestOutput
 
@@ -41,18 +52,14 @@ def texts(outputs: Sequence[EngineOutput]) -> dict[str, str]:
     """What each request got, in the order in which the first pieces came."""
     result: dict[str, str] = {}
     for output in outputs:
-        request_id = output.request.request_id
+        request_id = output.request_id
         result[request_id] = result.get(request_id, "") + output.text
     return result
 
 
 def ends(outputs: Sequence[EngineOutput]) -> dict[str, str]:
     """Why each request ended, in the order in which they did."""
-    return {
-        output.request.request_id: output.finish_reason
-        for output in outputs
-        if output.finish_reason
-    }
+    return {output.request_id: output.finish_reason for output in outputs if output.finish_reason}
 
 
 # --- what comes out -------------------------------------------------------------------------------
@@ -75,7 +82,7 @@ def test_without_a_tokenizer_only_tokens_come_out(
 ) -> None:
     engine = make_engine(tokenizer=None)
     engine.submit(ask("a", story[:6], 3))
-    assert [(one.text, *one.token_ids) for one in drain(engine)] == [
+    assert [(output.text, *output.token_ids) for output in drain(engine)] == [
         ("", ord(character)) for character in story[6:9]
     ]
 
@@ -150,7 +157,7 @@ def test_the_urgent_request_goes_next(make_engine: MakeEngine, drain: Drain, sto
     begun = [output for _ in range(4) for output in engine.step()]
     engine.submit(ask("urgent", story[:10], 3, priority=0))
     outputs = drain(engine)
-    assert [one.request.request_id for one in outputs[:4]] == ["urgent"] * 3 + ["batch"]
+    assert [output.request_id for output in outputs[:4]] == ["urgent"] * 3 + ["batch"]
     assert texts(begun + outputs) == {"batch": story[6:26], "urgent": story[10:13]}
 
 
@@ -162,14 +169,14 @@ def test_set_priority_takes_effect_with_the_next_step(
         engine.submit(ask(request_id, story[:6], 3, priority=1))
     begun = engine.step()
     engine.set_priority("c", 0)
-    engine.set_priority("nobody", 0)
+    engine.set_priority("unknown", 0)
     assert list(ends(begun + drain(engine))) == ["c", "a", "b"]
     with pytest.raises(InvalidRequest, match=r"priority of request 'a' is 1\.5, must be an int64"):
         engine.set_priority("a", 1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["none", "pause", "tail", "swap", "recompute", "auto"])
-def test_who_had_to_yield_gets_the_same_text(
+def test_a_request_that_had_to_yield_gets_the_same_text(
     make_engine: MakeEngine, drain: Drain, story: str, mode: str
 ) -> None:
     engine = make_engine(
@@ -186,19 +193,86 @@ def test_who_had_to_yield_gets_the_same_text(
     outputs += drain(engine)
     assert texts(outputs) == {f"{n}": story[5 + 3 * n : 25 + 3 * n] for n in range(12)}
     assert set(ends(outputs).values()) == {"length"}
-    assert sum(engine.scheduler.statistics().preemptions.values()) > 0
+    assert sum(engine.statistics.preemptions.values()) > 0
 
 
-def test_steps_are_told_to_who_watches(make_engine: MakeEngine, drain: Drain, story: str) -> None:
+def test_listeners_are_told_of_every_step_and_of_what_came_out(
+    make_engine: MakeEngine, drain: Drain, story: str
+) -> None:
     engine = make_engine()
-    steps: list[Step] = []
-    engine.observers.append(steps.append)
+    told: list[tuple[StepReport, list[EngineOutput]]] = []
+    engine.listeners.append(lambda step, outputs: told.append((step, list(outputs))))
     engine.submit(ask("a", story[:6], 3))
-    drain(engine)
-    assert len(steps) == 3
-    for step in steps:
+    outputs = drain(engine)
+    assert [output for _, of_step in told for output in of_step] == outputs
+    assert len(told) == 3
+    for step, _ in told:
         assert step.start <= step.execute_start < step.execute_end <= step.end
-    assert [len(step.output) for step in steps] == [1, 1, 1]
+        assert step.result is not None
+        assert [row.request_id for row in step.output] == ["a"]
+    assert [change.status for step, _ in told for change in step.changes] == [
+        RequestStatus.WAITING,
+        RequestStatus.RUNNING,
+        RequestStatus.FINISHED_LENGTH_CAPPED,
+    ]
+
+
+def test_a_report_does_not_change_after_its_step(
+    make_engine: MakeEngine, drain: Drain, story: str
+) -> None:
+    """Whatever happens to the requests later: it can be kept, and sent elsewhere."""
+    engine = make_engine(max_num_seqs=2, num_blocks=8, num_swap_blocks=8, preemption_mode="swap")
+    kept: list[tuple[StepReport, list[EngineOutput]]] = []
+    copies: list[bytes] = []
+
+    def keep(step: StepReport, outputs: Sequence[EngineOutput]) -> None:
+        kept.append((step, list(outputs)))
+        copies.append(pickle.dumps(kept[-1]))
+
+    engine.listeners.append(keep)
+    for index in range(6):
+        engine.submit(ask(f"{index}", story[: 5 + index], 9, priority=-index))
+        engine.step()
+    drain(engine)
+    assert len(kept) > 20
+    assert [pickle.loads(copy) for copy in copies] == kept
+
+
+def test_statistics_are_a_value_published_after_every_step(
+    make_engine: MakeEngine, drain: Drain, story: str
+) -> None:
+    engine = make_engine(
+        max_num_seqs=1,
+        num_blocks=16,
+        preemption_mode="recompute",
+        enable_prefix_caching=False,
+    )
+    before = engine.statistics
+    assert before.num_running == before.num_waiting == before.num_finished == 0
+    published: list[EngineStatistics] = []
+    copies: list[EngineStatistics] = []
+
+    def look(step: StepReport, outputs: Sequence[EngineOutput]) -> None:
+        published.append(engine.statistics)
+        copies.append(deepcopy(engine.statistics))
+
+    engine.listeners.append(look)
+    engine.submit(ask("victim", story[:20], 9, priority=1))
+    engine.submit(ask("waiting", story[:5], 9, priority=2))
+    engine.step()
+    assert engine.statistics is published[0], "until the next step it is this one"
+    assert (published[0].num_running, published[0].num_waiting) == (1, 1)
+    assert published[0].num_queued_tokens == 5
+    assert published[0].kv_cache_usage == 5 / 16
+    engine.submit(ask("urgent", story[:50], 2, priority=0))
+    drain(engine)
+    assert published == copies, "none has changed since"
+    last = published[-1]
+    assert (last.num_finished, last.num_running, last.kv_cache_usage) == (3, 0, 0)
+    assert sum(last.preemptions.values()) == 1
+    assert last.recomputed_tokens[1] > 0
+    with pytest.raises(AttributeError):
+        last.num_running = 1  # type: ignore[misc]
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -230,14 +304,13 @@ def test_a_duplicate_id_costs_its_neighbour_nothing(
     make_engine: MakeEngine, drain: Drain, story: str
 ) -> None:
     engine = make_engine()
-    first, second = ask("same", story[:6], 4), ask("same", story[:9], 4)
-    engine.submit(first)
-    engine.submit(second)
+    engine.submit(ask("same", story[:6], 4))
+    engine.submit(ask("same", story[:9], 4))
     outputs = drain(engine)
-    (refusal,) = [output for output in outputs if output.request is second]
-    assert refusal.finish_reason == "rejected"
+    (refusal,) = [output for output in outputs if output.error is not None]
+    assert (refusal.finish_reason, refusal.is_last) == ("rejected", True)
     assert str(refusal.error) == "request id 'same' is in use"
-    assert "".join(one.text for one in outputs if one.request is first) == story[6:10]
+    assert "".join(output.text for output in outputs) == story[6:10]
 
 
 def test_a_request_cannot_be_submitted_twice(
@@ -253,13 +326,26 @@ def test_a_request_cannot_be_submitted_twice(
     assert str(refusal.error) == "request 'a' is finished_length_capped; add a fresh one"
 
 
+def test_every_choice_of_a_refused_group_gets_a_reply(
+    make_engine: MakeEngine, drain: Drain, story: str
+) -> None:
+    engine = make_engine()
+    engine.submit(ask("same", story[:6], 4))
+    engine.step()
+    engine.submit(Request("same", prompt_token_ids=[65], n=3))
+    refused = [output for output in engine.step() if output.finish_reason == "rejected"]
+    assert [output.index for output in refused] == [0, 1, 2]
+    assert [output.is_last for output in refused] == [False, False, True]
+    assert isinstance(refused[-1].error, DuplicateRequest)
+    drain(engine)
+
+
 def test_a_full_ring_refuses_until_the_next_step(
     make_engine: MakeEngine, drain: Drain, story: str
 ) -> None:
     engine = make_engine(ingress_capacity=2)
     engine.submit(ask("a", story[:6], 3))
     engine.submit(ask("b", story[:7], 3))
-    assert not engine.has_room
     for attempt in (
         lambda: engine.submit(ask("c", story[:8], 3)),
         lambda: engine.abort("a"),
@@ -276,91 +362,22 @@ def test_a_full_ring_refuses_until_the_next_step(
     }
 
 
-def test_there_is_room_until_the_queue_is_full(
-    make_engine: MakeEngine, drain: Drain, story: str
-) -> None:
-    engine = make_engine(max_num_seqs=1, max_num_queued_reqs=2)
-    for request_id in ("a", "b"):
-        assert engine.has_room
-        engine.submit(ask(request_id, story[:6], 2))
-    assert not engine.has_room
-    outputs = engine.step()
-    assert engine.has_room
-    engine.submit(ask("c", story[:6], 2))
-    assert ends(outputs + drain(engine)) == dict.fromkeys("abc", "length")
+# --- listening ------------------------------------------------------------------------------------
 
 
-# --- asking and watching --------------------------------------------------------------------------
-
-
-def test_a_function_is_called_between_steps(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    called: list[int] = []
-    engine.call(lambda: called.append(threading.get_ident()))
-    assert engine.has_work
-    assert not called
-    engine.step()
-    assert called == [threading.get_ident()]
-    assert not engine.has_work
-
-
-def test_requests_are_listed_by_rank_with_their_waits(
-    make_engine: MakeEngine, drain: Drain, story: str
-) -> None:
-    engine = make_engine(max_num_seqs=2)
-    for request_id, priority in (("a", 5), ("b", 1), ("c", 5), ("d", 9)):
-        engine.submit(ask(request_id, story[:6], 10, priority))
-    engine.step()
-    engine.step()
-    infos = engine.request_infos()
-    assert [(one.request_id, one.rank, one.status) for one in infos] == [
-        ("b", 0, "running"),
-        ("a", 1, "running"),
-        ("c", 2, "waiting"),
-        ("d", 3, "waiting"),
-    ]
-    first = infos[0]
-    assert (first.priority, first.max_tokens, first.num_prompt_tokens) == (1, 10, 6)
-    assert (first.num_output_tokens, first.num_computed_tokens) == (2, 7)
-    waits = [one.predicted_wait for one in infos]
-    assert waits[:2] == [0, 0]
-    assert 0 < waits[2] <= waits[3]
-    assert all(one.age == engine.clock() for one in infos)
-    assert engine.request_infos(limit=1) == infos[:1]
-    drain(engine)
-    assert engine.request_infos() == []
-
-
-def test_the_predicted_wait_is_about_what_it_takes(
-    make_engine: MakeEngine, drain: Drain, story: str
-) -> None:
-    engine = make_engine(max_num_seqs=2)
-    requests = [ask(f"r{i}", story[:6], 20) for i in range(12)]
-    for request in requests:
-        engine.submit(request)
-    for _ in range(25):  # the cost model has seen some steps
-        engine.step()
-    now = engine.clock()
-    predicted = {one.request_id: one.predicted_wait for one in engine.request_infos()}
-    waiting = [one for one in requests if one.status is RequestStatus.WAITING]
-    assert len(waiting) == 8
-    drain(engine)
-    for request in waiting:
-        assert request.first_scheduled_time is not None
-        wait = request.first_scheduled_time - now
-        assert predicted[request.request_id] == pytest.approx(wait, rel=0.3, abs=0.05)
-
-
-def test_observers_are_told_of_every_end_and_how_it_came(
+def test_listeners_are_told_of_every_end_and_how_it_came(
     make_engine: MakeEngine, drain: Drain, story: str
 ) -> None:
     engine = make_engine(max_num_seqs=1, max_num_queued_reqs=2)
     told: list[tuple[str, str | None, str]] = []
-    engine.request_observers.append(
-        lambda request, output: told.append(
-            (request.request_id, output.finish_reason, type(output.error).__name__)
-        )
-    )
+
+    def listen(_: StepReport, outputs: Sequence[EngineOutput]) -> None:
+        for output in outputs:
+            if output.is_last:
+                assert output.metrics is not None
+                told.append((output.request_id, output.finish_reason, type(output.error).__name__))
+
+    engine.listeners.append(listen)
     engine.submit(ask("good", story[:6], 3))
     engine.step()
     for request_id in ("aborted", "displaced", "displaced too"):
@@ -381,6 +398,48 @@ def test_observers_are_told_of_every_end_and_how_it_came(
     )
 
 
+def test_a_listener_that_raises_is_taken_off_and_logged(
+    make_engine: MakeEngine, drain: Drain, story: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine()
+    failed: list[StepReport] = []
+    told: list[StepReport] = []
+
+    def fail(step: StepReport, _: Sequence[EngineOutput]) -> None:
+        failed.append(step)
+        raise RuntimeError("out of paper")
+
+    def listen(step: StepReport, _: Sequence[EngineOutput]) -> None:
+        told.append(step)
+
+    engine.listeners += [fail, listen]
+    engine.submit(ask("a", story[:6], 3))
+    assert texts(drain(engine)) == {"a": story[6:9]}
+    assert (len(failed), len(told)) == (1, 3)
+    assert engine.listeners == [listen]
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.exc_info is not None and str(record.exc_info[1]) == "out of paper"
+
+
+def test_a_listener_may_take_itself_off(
+    make_engine: MakeEngine, drain: Drain, story: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine()
+    told: list[str] = []
+
+    def once(_: StepReport, outputs: Sequence[EngineOutput]) -> None:
+        engine.listeners.remove(once)
+        told.append("once")
+        raise RuntimeError("and never again")
+
+    engine.listeners += [once, lambda step, outputs: told.append("ever")]
+    engine.submit(ask("a", story[:6], 2))
+    assert texts(drain(engine)) == {"a": story[6:8]}
+    assert told == ["once", "ever", "ever"]
+    assert len(caplog.records) == 1
+
+
 # --- ends -----------------------------------------------------------------------------------------
 
 
@@ -391,7 +450,7 @@ def test_abort_ends_a_request_wherever_it_is(
     for request_id in ("running", "waiting", "good"):
         engine.submit(ask(request_id, story[:6], 4))
     outputs = engine.step()
-    for request_id in ("running", "waiting", "nobody"):
+    for request_id in ("running", "waiting", "unknown"):
         engine.abort(request_id)
     engine.submit(ask("early", story[:6], 4))
     engine.abort("early")
@@ -417,7 +476,7 @@ def test_an_aborted_request_gets_what_was_held_back(
     assert texts(drain(engine)) == {"a": "a dark"}
 
 
-def test_abort_all_reaches_everybody_and_leaves_an_engine(
+def test_abort_all_reaches_every_request_and_leaves_an_engine(
     make_engine: MakeEngine, drain: Drain, story: str
 ) -> None:
     engine = make_engine(max_num_seqs=1)
@@ -484,23 +543,23 @@ def test_a_preempted_request_s_output_equals_its_undisturbed_one(
         preemption_mode=mode,
     )
     engine = Engine(executor, PriorityScheduler(config=config))
-    requests = [
-        Request(f"{index}", 10, alone.prompt_token_ids, sampling_params=UNDISTURBED)
-        for index, alone in enumerate(undisturbed)
-    ]
-    for request in requests:
-        engine.submit(request)
+    disturbed: set[str] = set()
+    engine.listeners.append(
+        lambda step, _: disturbed.update(
+            change.request_id for change in step.changes if change.status in YIELDED
+        )
+    )
+    for index, alone in enumerate(undisturbed):
+        engine.submit(Request(f"{index}", 10, alone.prompt_token_ids, sampling_params=UNDISTURBED))
     turn = 0
+    outputs: list[EngineOutput] = []
     while engine.has_work:
-        engine.step()
+        outputs += engine.step()
         invariants.check(engine.scheduler)
         turn += 1
-        if turn % 3 == 0 and turn <= 36:  # for ever, and nobody would get anywhere
+        if turn % 3 == 0 and turn <= 36:  # for ever, and no request would get anywhere
             engine.set_priority(f"{turn // 3 * 5 % 8}", -turn)
-    assert [request.output_token_ids for request in requests] == [
-        alone.outputs[0].token_ids for alone in undisturbed
-    ]
-    num_disturbed = sum(
-        any(status in YIELDED for _, status in request.transitions) for request in requests
-    )
-    assert num_disturbed >= 4
+    for index, alone in enumerate(undisturbed):
+        tokens = [each.token_ids for each in outputs if each.request_id == f"{index}"]
+        assert list(chain.from_iterable(tokens)) == alone.outputs[0].token_ids
+    assert len(disturbed) >= 4

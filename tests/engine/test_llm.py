@@ -12,7 +12,7 @@ import pytest
 
 from headway.core.errors import InvalidRequest
 from headway.core.request import Request, SamplingParams
-from headway.engine.engine import Step
+from headway.engine.client import StepReport
 from headway.engine.llm import LLM, Prompt
 
 pytestmark = pytest.mark.model
@@ -89,13 +89,13 @@ def test_the_most_urgent_ends_first(llm: LLM) -> None:
 
 def test_chat(llm: LLM) -> None:
     question = [{"role": "user", "content": "What is the capital of France? One word."}]
-    one = llm.chat(question, greedy(8))
+    single = llm.chat(question, greedy(8))
     both = llm.chat([question, [{"role": "user", "content": "Say hello."}]], greedy(8))
-    assert len(one) == 1
-    assert "Paris" in one[0].outputs[0].text
+    assert len(single) == 1
+    assert "Paris" in single[0].outputs[0].text
     assert len(both) == 2
-    assert both[0].outputs == one[0].outputs
-    assert llm.tokenizer.decode(one[0].prompt_token_ids, skip_special_tokens=False).endswith(
+    assert both[0].outputs == single[0].outputs
+    assert llm.tokenizer.decode(single[0].prompt_token_ids, skip_special_tokens=False).endswith(
         "<|im_start|>assistant\n"
     )
     with pytest.raises(InvalidRequest, match="messages is empty"):
@@ -141,6 +141,69 @@ def test_the_end_token_ends_it_unless_told_otherwise(llm: LLM) -> None:
     assert length < 60
     assert went_on.outputs[0].token_ids[:length] == ended.outputs[0].token_ids
     assert (len(went_on.outputs[0].token_ids), went_on.outputs[0].finish_reason) == (60, "length")
+
+
+def test_min_tokens_delays_the_end_token(llm: LLM) -> None:
+    """The end token is not chosen before, and the tokens until then are those before it."""
+    prompt = llm.render_chat([{"role": "user", "content": "Say hello."}])
+    ended, delayed = llm.generate([prompt] * 2, [greedy(60), greedy(60, min_tokens=40)])
+    free, late = ended.outputs[0].token_ids, delayed.outputs[0].token_ids
+    assert ended.outputs[0].finish_reason == "stop"
+    assert len(free) < 40 <= len(late)
+    assert late[: len(free) - 1] == free[:-1]
+    assert not llm.tokenizer.eos_token_ids & set(late[:39])
+    assert (late[-1] in llm.tokenizer.eos_token_ids) == (delayed.outputs[0].finish_reason == "stop")
+
+
+def test_min_tokens_delays_stop_tokens_and_stop_texts(llm: LLM) -> None:
+    (free,) = llm.generate(CAPITAL, greedy(12))
+    first = free.outputs[0].token_ids[0]
+    stopping = greedy(12, min_tokens=5, stop_token_ids=frozenset({first}))
+    (output,) = llm.generate(CAPITAL, stopping)
+    assert first not in output.outputs[0].token_ids[:5]
+    assert len(output.outputs[0].token_ids) > 5
+    text = llm.tokenizer.decode(free.outputs[0].token_ids[:2])
+    (output,) = llm.generate(CAPITAL, greedy(12, min_tokens=5, stop=(text,)))
+    assert output.outputs[0].token_ids[:5] == free.outputs[0].token_ids[:5]
+
+
+def test_min_p_of_one_leaves_the_likeliest_token_only(llm: LLM) -> None:
+    expected = ask(llm, max_tokens=8)
+    wild = SamplingParams(max_tokens=8, temperature=5.0, seed=1)
+    tamed = SamplingParams(max_tokens=8, temperature=5.0, seed=1, min_p=1.0)
+    first, second = llm.generate([CAPITAL] * 2, [wild, tamed])
+    assert first.outputs[0].text != expected
+    assert second.outputs[0].text == expected
+
+
+def test_a_repetition_penalty_keeps_the_model_from_repeating_itself(llm: LLM) -> None:
+    """Neither what the prompt has, nor what the output has."""
+    prompt = "The sea, the sea, the sea, the sea, the sea,"
+    free, penalised = llm.generate(
+        [prompt] * 2,
+        [greedy(20, ignore_eos=True), greedy(20, ignore_eos=True, repetition_penalty=1.8)],
+    )
+    known = set(free.prompt_token_ids)
+    assert set(free.outputs[0].token_ids) <= known, "the model goes on for ever"
+    token_ids = penalised.outputs[0].token_ids
+    assert len(set(token_ids)) == len(token_ids)
+    assert not known & set(token_ids)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"stop_token_ids": frozenset({5, 49_152})}, "stop_token_ids of request 'llm-"),
+        ({"logit_bias": {49_152: 1.0}}, "logit_bias of request 'llm-"),
+    ],
+)
+def test_a_token_outside_the_vocabulary_is_refused(
+    llm: LLM, params: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate(CAPITAL, greedy(4, **params))
+    assert message in str(caught.value)
+    assert str(caught.value).endswith("has token id 49152, the vocabulary is 0 … 49151")
 
 
 # --- chance ---------------------------------------------------------------------------------------
@@ -239,19 +302,19 @@ def test_requests_submitted_to_the_engine_itself_do_not_disturb(llm: LLM) -> Non
 
 
 def test_ctrl_c_leaves_an_engine_that_can_be_used(llm: LLM) -> None:
-    def press(step: Step) -> None:
+    def press(step: StepReport, _: object) -> None:
         if len(step.output) == 8:
             signal.raise_signal(signal.SIGINT)
 
-    llm.engine.observers.append(press)
-    # Whoever is started in the background by a shell ignores the signal.
+    llm.engine.listeners.append(press)
+    # A process that a shell starts in the background ignores the signal.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             llm.generate([CAPITAL] * 30, greedy(50, ignore_eos=True))
     finally:
         signal.signal(signal.SIGINT, previous)
-        llm.engine.observers.remove(press)
+        llm.engine.listeners.remove(press)
     assert llm.engine.scheduler.block_manager.statistics().held == 0
     assert not llm.engine.scheduler.requests
 

@@ -44,7 +44,7 @@ def test_each_token_comes_with_its_logprobs(
     engine.submit(ask("rated", story[:6], logprobs=2))
     engine.submit(ask("plain", story[:6]))
     for output in drain(engine):
-        if output.request.request_id == "plain":
+        if output.request_id == "plain":
             assert output.logprobs == ()
         else:
             (token_id,) = output.token_ids
@@ -77,7 +77,7 @@ def test_a_prompt_is_rated_even_if_the_prefix_cache_has_it(
     drain(engine)
     engine.submit(ask("a", story[:30], prompt_logprobs=0))
     (rated,) = (output.prompt_logprobs for output in drain(engine) if output.prompt_logprobs)
-    assert [one and one.token_id for one in rated] == [None, *story[1:30].encode()]
+    assert [each and each.token_id for each in rated] == [None, *story[1:30].encode()]
     after = ask("after", story[:30])
     engine.submit(after)
     drain(engine)
@@ -105,10 +105,12 @@ def test_a_prompt_is_rated_through_preemption(
     assert request.num_preemptions >= 3
     result = RequestOutput.of(request)
     for output in outputs:
-        if output.request is request:
+        if output.request_id == "a":
             result.extend(output)
-    assert result.prompt_logprobs == [None, *(rate_token(one, 1) for one in tokens[1:])]
-    assert result.outputs[0].logprobs == [rate_token(one, 1) for one in story[31:43].encode()]
+    assert result.prompt_logprobs == [None, *(rate_token(token_id, 1) for token_id in tokens[1:])]
+    assert result.outputs[0].logprobs == [
+        rate_token(token_id, 1) for token_id in story[31:43].encode()
+    ]
 
 
 def test_streams_hand_out_what_is_new(make_engine: MakeEngine, story: str) -> None:
@@ -126,7 +128,11 @@ def test_streams_hand_out_what_is_new(make_engine: MakeEngine, story: str) -> No
             (completion,) = output.outputs
             assert text == completion.text == story[10:19]
             assert token_ids == completion.token_ids
-            assert logprobs == completion.logprobs == [rate_token(one, 0) for one in token_ids]
+            assert (
+                logprobs
+                == completion.logprobs
+                == [rate_token(token_id, 0) for token_id in token_ids]
+            )
 
     asyncio.run(asyncio.wait_for(test(), 60))
 
@@ -175,7 +181,7 @@ def test_a_failing_choice_ends_its_own_request_only(make_engine: MakeEngine, dra
     assert bad.status is RequestStatus.FINISHED_ABORTED
     assert bad.output_token_ids == [choose_token("bad", position) for position in (6, 7)]
     (end,) = (output for output in outputs if output.error is not None)
-    assert end.request is bad
+    assert end.request_id == "bad"
     assert isinstance(end.error, InternalError)
     assert (end.token_ids, end.finish_reason) == ((), "abort")
     for request in (good, fine):
@@ -244,13 +250,15 @@ def serve(
             engine.submit(waiting.pop(0)[1])
         for output in engine.step():
             assert output.error is None
-            results[output.request.request_id].extend(output)
+            results[output.request_id].extend(output)
         invariants.check(engine.scheduler)
         number += 1
     assert engine.scheduler.statistics().blocks.held == 0
     return {
-        name: Answer(one.outputs[0].token_ids, one.outputs[0].logprobs, one.prompt_logprobs)
-        for name, one in results.items()
+        name: Answer(
+            result.outputs[0].token_ids, result.outputs[0].logprobs, result.prompt_logprobs
+        )
+        for name, result in results.items()
     }
 
 
@@ -370,7 +378,7 @@ def test_the_model_finds_sense_likelier_than_nonsense(llm: LLM) -> None:
     def total(output: RequestOutput) -> float:
         assert output.prompt_logprobs is not None
         assert output.prompt_logprobs[0] is None
-        return sum(one.logprob for one in output.prompt_logprobs if one is not None)
+        return sum(rated.logprob for rated in output.prompt_logprobs if rated is not None)
 
     assert total(sense) > total(nonsense) + 5
     (rated,) = sense.outputs[0].logprobs or []

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from headway.core.life import Phase
 from headway.core.request import Request, SamplingParams
 from headway.engine.engine import Engine
 from headway.engine.metrics import percentile, summarize
-from headway.engine.outputs import EngineOutput, metrics_of
+from headway.engine.outputs import EngineOutput, RequestMetrics
 
 MakeEngine = Callable[..., Engine]
 Drain = Callable[[Engine], list[EngineOutput]]
@@ -40,18 +41,31 @@ def ask(request_id: str, priority: int, num_prompt: int, max_tokens: int) -> Req
     return Request(request_id, priority, prompt, sampling_params=params)
 
 
+def metrics_of(outputs: list[EngineOutput]) -> dict[str, RequestMetrics]:
+    """What the last output of each request that has ended says of it."""
+    return {
+        output.request_id: output.metrics
+        for output in outputs
+        if output.is_last and output.metrics is not None
+    }
+
+
 def test_times_of_a_request(make_engine: MakeEngine, drain: Drain) -> None:
     """A step looks at the clock when it begins, on both sides of the executor, and at its end."""
     engine = make_engine(clock=Ticks())
-    engine.observers.clear()
-    request = ask("a", 0, 4, 3)
-    engine.submit(request)  # at 1
-    drain(engine)  # steps begin at 2, 6, 10; their tokens are ready at 4, 8, 12
-    metrics = metrics_of(request)
-    assert (metrics.arrival_time, metrics.first_scheduled_time) == (1, 2)
-    assert (metrics.first_token_time, metrics.finish_time) == (4, 12)
-    assert (metrics.ttft, metrics.latency) == (3, 11)
-    (summary,) = summarize([request])
+    engine.submit(ask("a", 0, 4, 3))  # at 1
+    outputs = drain(engine)  # steps begin at 2, 6, 10; their tokens are ready at 4, 8, 12
+    begun, _, ended = (output.metrics for output in outputs)
+    assert begun is not None and ended is not None
+    assert outputs[1].metrics is None, "metrics come with the first token and with the end"
+    for metrics in (begun, ended):
+        assert (metrics.arrival_time, metrics.first_scheduled_time) == (1, 2)
+        assert (metrics.first_token_time, metrics.ttft) == (4, 3)
+    assert (begun.last_token_time, begun.finish_time, begun.latency) == (4, None, None)
+    assert (begun.status, begun.num_output_tokens) == ("running", 1)
+    assert (ended.last_token_time, ended.finish_time, ended.latency) == (12, 12, 11)
+    assert (ended.status, ended.num_output_tokens) == ("finished_length_capped", 3)
+    (summary,) = summarize([ended])
     assert (summary.ttft_p50, summary.ttft_p99, summary.latency_mean) == (3, 3, 11)
     assert (summary.tpot_mean, summary.num_output_tokens) == (4, 3)
 
@@ -60,32 +74,31 @@ def test_a_class_is_a_priority_and_the_most_urgent_comes_first(
     make_engine: MakeEngine, drain: Drain
 ) -> None:
     engine = make_engine()
-    requests = [ask(f"{index}", index % 3 - 1, 4 + index, 4) for index in range(9)]
-    for request in requests:
-        engine.submit(request)
-    drain(engine)
-    summaries = summarize(reversed(requests))
-    assert [one.priority for one in summaries] == [-1, 0, 1]
-    assert [one.num_requests for one in summaries] == [3, 3, 3]
-    for one in summaries:
-        latencies = [metrics_of(r).latency for r in requests if r.priority == one.priority]
-        assert one.latency_mean == pytest.approx(np.mean(np.array(latencies)))
-        assert one.latency_p99 == pytest.approx(np.percentile(np.array(latencies), 99))
-        assert one.ttft_p50 <= one.ttft_p99 <= one.latency_p99
-        assert one.num_output_tokens == 12
+    for index in range(9):
+        engine.submit(ask(f"{index}", index % 3 - 1, 4 + index, 4))
+    ended = list(metrics_of(drain(engine)).values())
+    summaries = summarize(reversed(ended))
+    assert [summary.priority for summary in summaries] == [-1, 0, 1]
+    assert [summary.num_requests for summary in summaries] == [3, 3, 3]
+    for summary in summaries:
+        latencies = np.array(
+            [metrics.latency for metrics in ended if metrics.priority == summary.priority]
+        )
+        assert summary.latency_mean == pytest.approx(np.mean(latencies))
+        assert summary.latency_p99 == pytest.approx(np.percentile(latencies, 99))
+        assert summary.ttft_p50 <= summary.ttft_p99 <= summary.latency_p99
+        assert summary.num_output_tokens == 12
 
 
 def test_what_yielding_cost_is_counted(make_engine: MakeEngine, drain: Drain) -> None:
     engine = make_engine(
         preemption_mode="recompute", num_blocks=8, max_num_seqs=2, enable_prefix_caching=False
     )
-    victim, urgent = ask("victim", 1, 10, 10), ask("urgent", 0, 20, 2)
-    engine.submit(victim)
+    engine.submit(ask("victim", 1, 10, 10))
     for _ in range(4):
         engine.step()
-    engine.submit(urgent)
-    drain(engine)
-    first, second = summarize([victim, urgent])
+    engine.submit(ask("urgent", 0, 20, 2))
+    first, second = summarize(metrics_of(drain(engine)).values())
     assert (first.num_preemptions, first.num_recomputed_tokens) == (0, 0)
     # Its prompt and the three generated tokens that had been computed.
     assert (second.num_preemptions, second.num_recomputed_tokens) == (1, 13)
@@ -93,13 +106,13 @@ def test_what_yielding_cost_is_counted(make_engine: MakeEngine, drain: Drain) ->
 
 def test_a_pause_costs_no_tokens(make_engine: MakeEngine, drain: Drain) -> None:
     engine = make_engine(max_num_seqs=1)
-    victim = ask("victim", 1, 10, 10)
-    engine.submit(victim)
+    engine.submit(ask("victim", 1, 10, 10))
     for _ in range(4):
         engine.step()
     engine.submit(ask("urgent", 0, 20, 2))
-    drain(engine)
-    (summary,) = summarize([victim])
+    metrics = metrics_of(drain(engine))["victim"]
+    (summary,) = summarize([metrics])
+    assert metrics.phase_seconds[Phase.PAUSED] > 0
     assert (summary.num_pauses, summary.num_preemptions) == (1, 0)
     assert summary.num_recomputed_tokens == 0
 
@@ -107,20 +120,67 @@ def test_a_pause_costs_no_tokens(make_engine: MakeEngine, drain: Drain) -> None:
 def test_cached_tokens_are_counted(make_engine: MakeEngine, drain: Drain) -> None:
     engine = make_engine()
     for request_id in ("first", "second"):
-        request = Request(request_id, prompt=[7] * 18, max_tokens=1)
-        engine.submit(request)
-        drain(engine)
-    assert metrics_of(request).num_cached_tokens == 16
+        engine.submit(Request(request_id, prompt=[7] * 18, max_tokens=1))
+        metrics = metrics_of(drain(engine))[request_id]
+    assert metrics.num_cached_tokens == 16
 
 
-def test_who_got_nothing_is_left_out(make_engine: MakeEngine, drain: Drain) -> None:
+def test_a_request_that_got_nothing_is_left_out(make_engine: MakeEngine, drain: Drain) -> None:
     engine = make_engine()
-    ended, running = ask("ended", 0, 4, 4), ask("running", 1, 4, 4)
-    engine.submit(ended)
+    engine.submit(ask("ended", 0, 4, 4))
     engine.abort("ended")
-    engine.submit(running)
-    engine.step()
+    engine.submit(ask("running", 1, 4, 4))
+    outputs = engine.step()
+    (ended,) = metrics_of(outputs).values()
+    (running,) = (output.metrics for output in outputs if output.request_id == "running")
+    assert running is not None
     assert summarize([ended, running]) == []
-    assert metrics_of(ended).ttft is None
-    assert metrics_of(running).latency is None
+    assert (ended.ttft, ended.num_output_tokens) == (None, 0)
+    assert (ended.first_scheduled_time, ended.last_token_time) == (None, None)
+    assert running.latency is None
     drain(engine)
+
+
+@pytest.mark.parametrize("mode", ["auto", "pause", "swap", "recompute", "tail"])
+def test_phases_add_up_to_the_latency(make_engine: MakeEngine, drain: Drain, mode: str) -> None:
+    engine = make_engine(
+        preemption_mode=mode, num_blocks=10, num_swap_blocks=20, max_num_seqs=2, max_model_len=40
+    )
+    outputs: list[EngineOutput] = []
+    for index in range(6):
+        engine.submit(ask(f"{index}", -index, 6 + index, 12))
+        outputs += [output for _ in range(4) for output in engine.step()]
+    ended = metrics_of(outputs + drain(engine))
+    assert len(ended) == 6
+    for metrics in ended.values():
+        assert sum(metrics.phase_seconds.values()) == pytest.approx(metrics.latency)
+        assert metrics.segments[0].start == metrics.arrival_time
+        assert metrics.segments[-1].end == metrics.finish_time
+
+
+def test_metrics_are_of_the_whole_group(make_engine: MakeEngine, drain: Drain) -> None:
+    engine = make_engine()
+    params = SamplingParams(max_tokens=3)
+    engine.submit(Request("a", 0, [65] * 10, sampling_params=params, n=4, tenant="t"))
+    metrics = metrics_of(drain(engine))["a"]
+    assert (metrics.num_sequences, metrics.num_prompt_tokens) == (4, 10)
+    assert (metrics.num_output_tokens, metrics.max_tokens) == (12, 3)
+    assert (metrics.tenant, metrics.sampling_params.seed is None) == ("t", False)
+
+
+def test_forecasts_learn_how_much_of_what_they_may_requests_generate(
+    make_engine: MakeEngine, drain: Drain, story: str
+) -> None:
+    engine = make_engine(max_num_seqs=8, eos_token_ids=frozenset({ord(";")}))
+    assert engine.statistics.forecast.output_fraction == 1.0
+    end = story.index(";")
+    prompt = list(story[: end - 9].encode())
+    for index in range(120):  # each ends with its tenth token of twenty
+        params = SamplingParams(max_tokens=20)
+        request = Request(
+            f"{index}", prompt_token_ids=prompt, sampling_params=params, n=1 + index % 2
+        )
+        engine.submit(request)
+        if index % 40 == 39:
+            drain(engine)
+    assert engine.statistics.forecast.output_fraction == pytest.approx(0.5, abs=0.02)

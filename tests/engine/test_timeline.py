@@ -10,7 +10,7 @@ from headway.core.config import SchedulerConfig
 from headway.core.request import Request, RequestStatus
 from headway.core.scheduler import PriorityScheduler
 from headway.engine.engine import Engine
-from headway.engine.timeline import Phase, Segment, timeline
+from headway.engine.timeline import Phase, Segment, TimelineRecorder, timeline
 from headway.executor.simulated import SimulatedExecutor, VirtualClock
 
 STATUS = RequestStatus
@@ -19,12 +19,10 @@ STATUS = RequestStatus
 def lived(*changes: tuple[float, RequestStatus], first_token: float | None = None) -> Request:
     """A request that arrived at 1.0 and went through ``changes``."""
     request = Request("r", prompt="hello", arrival_time=1.0)
-    request.transitions.append((1.5, STATUS.WAITING))
+    request.life.begin(1.0, 1.5)
     for time, status in changes:
-        request.transition(status, time)
-        if status.is_finished:
-            request.finish_time = time
-    request.first_token_time = first_token
+        request.life.enter(status, time)
+    request.life.first_token_time = first_token
     return request
 
 
@@ -103,17 +101,52 @@ def test_a_whole_life_is_covered_without_gaps(mode: str) -> None:
         preemption_mode=mode,
     )
     engine = Engine(executor, PriorityScheduler(config=config), clock=clock)
+    recorder = TimelineRecorder()
+    engine.listeners.append(lambda step, _: recorder.record(step.changes))
     requests = [Request(f"r{i}", -i, [1] * (6 + i), max_tokens=12) for i in range(6)]
     for request in requests:
         engine.submit(request)
         for _ in range(4):
             engine.step()
+    engine.set_priority("r0", -3)  # a new rank is told as a change, and is none of status
     while engine.has_work:
         engine.step()
     for request in requests:
         segments = timeline(request)
         assert segments[0].start == request.arrival_time
         assert segments[-1].end == request.finish_time
-        assert all(one.start < one.end for one in segments)
+        assert all(segment.start < segment.end for segment in segments)
         assert all(a.end == b.start for a, b in pairwise(segments))
         assert all(a.phase is not b.phase for a, b in pairwise(segments))
+        recorded = recorder.timeline(request.request_id, request.arrival, request.first_token_time)
+        assert recorded == segments
+
+
+def test_of_a_long_life_the_latest_part_is_known_and_a_recorder_keeps_all() -> None:
+    clock = VirtualClock()
+    executor = SimulatedExecutor(clock, num_blocks=100, block_size=4, max_model_len=400)
+    config = SchedulerConfig(
+        max_num_seqs=1, num_blocks=100, block_size=4, max_model_len=400, preemption_mode="pause"
+    )
+    engine = Engine(executor, PriorityScheduler(config=config), clock=clock)
+    recorder = TimelineRecorder()
+    engine.listeners.append(lambda step, _: recorder.record(step.changes))
+    victim = Request("victim", 1, [1] * 8, max_tokens=101)
+    engine.submit(victim)
+    engine.step()
+    for number in range(100):
+        engine.submit(Request(f"urgent{number}", 0, [1], max_tokens=1))
+        engine.step()
+        engine.step()
+    assert not engine.has_work
+    latest = timeline(victim)
+    whole = recorder.timeline("victim", victim.arrival, victim.first_token_time)
+    assert sum(segment.phase is Phase.PAUSED for segment in whole) == victim.life.num_pauses == 100
+    assert len(latest) < len(whole)
+    assert whole[-len(latest) :] == latest
+    assert (whole[0].start, whole[-1].end) == (victim.arrival_time, victim.finish_time)
+
+
+def test_a_recorder_knows_requests_that_it_has_not_heard_of_to_wait() -> None:
+    recorder = TimelineRecorder()
+    assert recorder.timeline("r", 1.0, None, now=2.0) == [Segment(Phase.WAITING, 1.0, 2.0)]

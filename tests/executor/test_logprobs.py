@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.core.errors import InternalError
-from headway.core.request import SamplingParams
 from headway.executor.logprobs import LogprobReader
-from headway.executor.sampler import sample
+from headway.executor.sampler import likeliest
 
 RELAXED = settings(deadline=None)
 
@@ -41,8 +40,8 @@ def test_they_are_the_definition_s(values: list[float], num_top: int, data: st.D
     exact = log_softmax(row)
     assert rated.token_id == token_id
     assert rated.logprob == pytest.approx(exact[token_id], abs=1e-5)
-    ranked = sorted(range(row.size), key=lambda one: (-row[one], one))[:num_top]
-    assert [one for one, _ in rated.top] == ranked
+    ranked = sorted(range(row.size), key=lambda token: (-row[token], token))[:num_top]
+    assert [token for token, _ in rated.top] == ranked
     assert [logprob for _, logprob in rated.top] == pytest.approx(exact[ranked], abs=1e-5)
 
 
@@ -50,12 +49,12 @@ def test_they_are_the_definition_s(values: list[float], num_top: int, data: st.D
 @given(values=rows, num_top=st.integers(1, 20))
 def test_they_are_those_of_a_distribution(values: list[float], num_top: int) -> None:
     row = np.array(values, dtype=np.float32)
-    greedy = sample(row, SamplingParams(temperature=0), 0)
+    greedy = likeliest(row)
     rated = LogprobReader(row.size).read(row, greedy, num_top)
     assert rated.top[0] == (greedy, rated.logprob)
     logprobs = [logprob for _, logprob in rated.top]
     assert logprobs == sorted(logprobs, reverse=True)
-    assert len({one for one, _ in rated.top}) == len(rated.top) == min(num_top, row.size)
+    assert len({token for token, _ in rated.top}) == len(rated.top) == min(num_top, row.size)
     assert sum(map(math.exp, logprobs)) <= 1 + 1e-6
     if num_top >= row.size:
         assert sum(map(math.exp, logprobs)) == pytest.approx(1.0, abs=1e-6)
@@ -73,7 +72,7 @@ def test_extreme_logits() -> None:
     row = np.array([-np.inf, -3e38, 3e38], dtype=np.float32)
     assert LogprobReader(3).read(row, 2, 3).logprob == 0.0
     assert LogprobReader(3).read(row, 0, 0).logprob == -math.inf
-    assert [one for one, _ in LogprobReader(3).read(row, 2, 5).top] == [2, 1, 0]
+    assert [token for token, _ in LogprobReader(3).read(row, 2, 5).top] == [2, 1, 0]
     for broken in ([np.nan, 1.0, 2.0], [np.inf, 1.0, 2.0], [-np.inf] * 3):
         with pytest.raises(InternalError, match="the largest of 3 logits is"):
             LogprobReader(3).read(np.array(broken, np.float32), 1, 1)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from growing_sequence import GrowingSequence
 from tiny_models import TinyModel
 
 from headway.core.errors import ConfigError, InternalError, ModelError
-from headway.core.request import Request, SamplingParams
-from headway.core.scheduler_output import SchedulerOutput
+from headway.core.sampling_params import SamplingParams
+from headway.core.scheduler_output import SchedulerOutput, StepRow
 from headway.executor.base import ModelRunnerOutput, TokenLogprobs
 from headway.executor.openvino import OpenVINOExecutor
+
+Moves = tuple[tuple[int, int], ...]
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
 NUM_BLOCKS = 60
@@ -68,40 +73,44 @@ class Pool:
         #: All that the last step said.
         self.last = ModelRunnerOutput([])
 
-    def request(
+    def sequence(
         self, length: int, params: SamplingParams = GREEDY, tokens: list[int] | None = None
-    ) -> Request:
+    ) -> GrowingSequence:
         if tokens is None:
             tokens = self.random.integers(0, self.executor.vocab_size, length).tolist()
-        return Request(f"r{len(self.free)}-{length}", prompt=tokens, sampling_params=params)
+        return GrowingSequence(f"r{len(self.free)}-{length}", tokens, params)
+
+    def row(
+        self,
+        sequence: GrowingSequence,
+        count: int | None = None,
+        drafts: tuple[int, ...] = (),
+        seeds: tuple[int | None, ...] | None = None,
+    ) -> StepRow:
+        """The row, with blocks for all its tokens."""
+        count = sequence.num_uncomputed_tokens if count is None else count
+        end = sequence.num_computed_tokens + count + len(drafts)
+        while len(sequence.block_table) * self.executor.block_size < end:
+            sequence.block_table.append(self.free.pop())
+        return sequence.row(count, drafts=drafts, seeds=seeds)
 
     def step(
-        self, *work: tuple[Request, int], output: SchedulerOutput | None = None
+        self,
+        *work: tuple[GrowingSequence, int],
+        swap_in: Moves = (),
+        block_copies: Moves = (),
     ) -> list[int | None]:
-        if output is None:  # not "or": one without requests is falsy
-            output = SchedulerOutput()
-        for request, count in work:
-            output.requests.append(request)
-            output.num_scheduled_tokens.append(count)
-            end = request.num_computed_tokens + count
-            while len(request.block_table) * self.executor.block_size < end:
-                request.block_table.append(self.free.pop())
+        """Compute so many tokens of each; returns the token that follows, None where none does."""
+        rows = tuple(self.row(sequence, count) for sequence, count in work)
+        output = SchedulerOutput(rows=rows, swap_in=swap_in, block_copies=block_copies)
         self.last = self.executor.execute(output)
-        sampled = self.last.sampled_token_ids
-        for (request, count), token in zip(work, sampled, strict=True):
-            request.num_computed_tokens += count
-            if token is not None:
-                request.token_ids.append(token)
-        return sampled
+        for (sequence, _), row, tokens in zip(work, rows, self.last.tokens, strict=True):
+            sequence.take(row, tokens)
+        return [tokens[0] if tokens else None for tokens in self.last.tokens]
 
-    def logits(self, *work: tuple[Request, int]) -> np.ndarray:
-        """The logits of a step's sampled requests, which must all be sampling ones."""
-        requests = [request for request, _ in work]
-        for request, count in work:
-            end = request.num_computed_tokens + count
-            while len(request.block_table) * self.executor.block_size < end:
-                request.block_table.append(self.free.pop())
-        batch = self.executor.batch(requests, [count for _, count in work])
+    def logits(self, *work: tuple[GrowingSequence, int]) -> np.ndarray:
+        """The logits of a step's sampled rows, which must all need them; nothing is taken in."""
+        batch = self.executor.batch([self.row(sequence, count) for sequence, count in work])
         return self.executor.forward(batch).logits.copy()
 
 
@@ -121,11 +130,11 @@ def test_logits_are_the_reference_s(
     # Rounding: of the weights to 8 bits, or of keys and values (and products, if bf16) alone.
     coarse = weight_format == "u8" or executor.precision.arithmetic == "bf16"
     tolerance = 0.15 if coarse else 0.01
-    request = pool.request(0, RANDOM, tokens[:80])
+    request = pool.sequence(0, RANDOM, tokens[:80])
     for end in range(80, 91):
-        got = pool.logits((request, request.num_tokens - request.num_computed_tokens))
+        got = pool.logits((request, request.num_uncomputed_tokens))
         np.testing.assert_allclose(got[0], want[end - 1], atol=tolerance * np.std(want) * 4)
-        request.num_computed_tokens = request.num_tokens
+        request.num_computed_tokens = end
         if end < 90:
             request.token_ids.append(tokens[end])
 
@@ -133,10 +142,10 @@ def test_logits_are_the_reference_s(
 def test_greedy_is_the_reference_s_argmax(make: Callable[..., OpenVINOExecutor]) -> None:
     executor = make("qwen3", weight_format="f32")
     pool = Pool(executor)
-    request = pool.request(40)
+    request = pool.sequence(40)
     for _ in range(8):
         want = MODELS["qwen3"].logits(request.token_ids)[-1]
-        (token,) = pool.step((request, request.num_tokens - request.num_computed_tokens))
+        (token,) = pool.step((request, request.num_uncomputed_tokens))
         assert token is not None
         assert want[token] >= want.max() - 0.02 * want.std()
 
@@ -146,10 +155,10 @@ def test_chunked_prefill_is_the_whole_prefill(
     make: Callable[..., OpenVINOExecutor], name: str
 ) -> None:
     pool = Pool(make(name))
-    whole = pool.request(100, RANDOM)
+    whole = pool.sequence(100, RANDOM)
     want = pool.logits((whole, 100))
     for size in (1, 7, 32, 33, 50, 99):
-        request = pool.request(0, RANDOM, whole.prompt_token_ids)
+        request = pool.sequence(0, RANDOM, whole.prompt)
         while request.num_computed_tokens < 100:
             count = min(size, 100 - request.num_computed_tokens)
             got = pool.logits((request, count))
@@ -170,12 +179,12 @@ def test_a_prompt_s_logprobs_are_the_reference_s_however_it_is_cut(
     whole: list[TokenLogprobs] = []
     for size in (100, 1, 7, 32, 33, 99):
         pool = Pool(executor)
-        request = pool.request(100, params)
-        other = pool.request(3)
+        request = pool.sequence(100, params)
+        other = pool.sequence(3)
         rated: list[TokenLogprobs] = []
         while request.num_computed_tokens < 100:
             count = min(size, 100 - request.num_computed_tokens)
-            pool.step((other, other.num_tokens - other.num_computed_tokens), (request, count))
+            pool.step((other, other.num_uncomputed_tokens), (request, count))
             if 1 in pool.last.prompt_logprobs:
                 assert pool.last.prompt_logprobs[1].start == 1 + len(rated)
                 rated += pool.last.prompt_logprobs[1].tokens
@@ -183,12 +192,12 @@ def test_a_prompt_s_logprobs_are_the_reference_s_however_it_is_cut(
         if executor.invariance.holds:
             assert rated == whole
         np.testing.assert_allclose(
-            [one.logprob for one in rated], [one.logprob for one in whole], atol=0.1
+            [token.logprob for token in rated], [token.logprob for token in whole], atol=0.1
         )
-    want = MODELS[name].logits(request.prompt_token_ids)
+    want = MODELS[name].logits(request.prompt)
     want -= np.log(np.exp(want).sum(1, keepdims=True))
     np.testing.assert_allclose(
-        [one.logprob for one in whole],
+        [token.logprob for token in whole],
         [want[at, request.token_ids[at + 1]] for at in range(99)],
         atol=0.15 * np.std(want) * 4,
     )
@@ -196,14 +205,14 @@ def test_a_prompt_s_logprobs_are_the_reference_s_however_it_is_cut(
 
 def test_who_asks_for_logprobs_gets_the_same_tokens(make: Callable[..., OpenVINOExecutor]) -> None:
     pool = Pool(make("llama"))
-    plain = pool.request(40)
-    rated = pool.request(
-        0, SamplingParams(temperature=0.0, logprobs=5, prompt_logprobs=0), plain.prompt_token_ids
+    plain = pool.sequence(40)
+    rated = pool.sequence(
+        0, SamplingParams(temperature=0.0, logprobs=5, prompt_logprobs=0), plain.prompt
     )
     for count in (40, *[1] * 12):
         (first, second) = pool.step((plain, count), (rated, count))
         assert first == second
-        assert pool.last.logprobs[1].token_id == pool.last.logprobs[1].top[0][0] == second
+        assert pool.last.logprobs[1][0].token_id == pool.last.logprobs[1][0].top[0][0] == second
 
 
 @pytest.mark.parametrize(
@@ -214,7 +223,7 @@ def test_a_request_whose_numbers_are_none_ends_alone(
 ) -> None:
     executor = make("llama")
     pool = Pool(executor)
-    victim, *others = (pool.request(40, one) for one in (params, GREEDY, RANDOM))
+    victim, *others = (pool.sequence(40, kind) for kind in (params, GREEDY, RANDOM))
     pool.step((victim, 40), *((other, 40) for other in others))
     sound = pool.step(*((other, 1) for other in others))
     for other in others:
@@ -227,25 +236,25 @@ def test_a_request_whose_numbers_are_none_ends_alone(
     assert set(pool.last.errors) == {0}
     assert str(pool.last.errors[0]).endswith(" is nan")
     # Nor does it harm who gets its blocks.
-    heir = pool.request(0, GREEDY, others[0].prompt_token_ids)
+    heir = pool.sequence(0, GREEDY, others[0].prompt)
     heir.block_table = victim.block_table
-    assert pool.step((heir, 40)) == [others[0].output_token_ids[0]]
+    assert pool.step((heir, 40)) == [others[0].output[0]]
     assert pool.step((heir, 1)) == sound[:1]
 
 
 def test_a_step_mixes_prefill_decode_and_sampling(make: Callable[..., OpenVINOExecutor]) -> None:
     executor = make("llama")
     pool = Pool(executor)
-    prompts = [pool.request(length) for length in (5, 40, 33)]
+    prompts = [pool.sequence(length) for length in (5, 40, 33)]
     alone = []
     for request in prompts:
-        twin = pool.request(0, GREEDY, request.prompt_token_ids)
-        tokens = [pool.step((twin, twin.num_tokens))[0]]
+        twin = pool.sequence(0, GREEDY, request.prompt)
+        tokens = [pool.step((twin, len(twin.token_ids)))[0]]
         tokens += [pool.step((twin, 1))[0] for _ in range(6)]
         alone.append(tokens)
         pool.free += twin.block_table
     first, second, third = prompts
-    sampling = pool.request(12, SamplingParams(temperature=0.8, seed=5))
+    sampling = pool.sequence(12, SamplingParams(temperature=0.8, seed=5))
     got: list[list[int | None]] = [[], [], []]
     assert pool.step((first, 5), (second, 20)) == [first.token_ids[-1], None]
     got[0].append(first.token_ids[-1])
@@ -259,8 +268,9 @@ def test_a_step_mixes_prefill_decode_and_sampling(make: Callable[..., OpenVINOEx
     got[0].append(tokens[1])
     got[1].append(tokens[3])
     for _ in range(4):
-        for one, token in zip(got, pool.step((first, 1), (second, 1), (third, 1)), strict=True):
-            one.append(token)
+        sampled = pool.step((first, 1), (second, 1), (third, 1))
+        for output, token in zip(got, sampled, strict=True):
+            output.append(token)
     for want, have in zip(alone, got, strict=True):
         assert have == want[: len(have)]
 
@@ -271,67 +281,145 @@ def test_sampled_tokens_do_not_depend_on_the_company(
     executor = make("qwen2")
     params = SamplingParams(temperature=1.2, top_k=40, top_p=0.95, seed=7, max_tokens=32)
     pool = Pool(executor)
-    alone = pool.request(30, params)
+    alone = pool.sequence(30, params)
     pool.step((alone, 30))
     for _ in range(10):
         pool.step((alone, 1))
-    others = [pool.request(length) for length in (3, 20, 45)]
-    beside = pool.request(0, params, alone.prompt_token_ids)
+    others = [pool.sequence(length) for length in (3, 20, 45)]
+    beside = pool.sequence(0, params, alone.prompt)
     pool.step((others[0], 3), (beside, 30), (others[1], 20))
     for _ in range(9):
         pool.step((others[0], 1), (others[2], 4), (beside, 1))
     pool.step((beside, 1))
     assert beside.token_ids == alone.token_ids
-    assert len(set(alone.output_token_ids)) > 1
+    assert len(set(alone.output)) > 1
 
 
 def test_swap_and_copies_move_whole_blocks(make: Callable[..., OpenVINOExecutor]) -> None:
     executor = make("llama")
     pool = Pool(executor)
-    undisturbed = pool.request(70)
+    undisturbed = pool.sequence(70)
     pool.step((undisturbed, 70))
     for _ in range(8):
         pool.step((undisturbed, 1))
-    request = pool.request(0, GREEDY, undisturbed.prompt_token_ids)
+    request = pool.sequence(0, GREEDY, undisturbed.prompt)
     pool.step((request, 70))
     for turn in range(8):
-        # Out to the swap space, the blocks overwritten by somebody else, in to other blocks.
-        output = SchedulerOutput()
+        # Out to the swap space, the blocks overwritten by another sequence, in to other blocks.
         slots = [5 + turn, 0, executor.num_swap_blocks - 1 - turn]
-        output.swap_out = list(zip(request.block_table, slots, strict=True))
-        executor.execute(output)
-        intruder = pool.request(90)
+        swap_out = tuple(zip(request.block_table, slots, strict=True))
+        executor.execute(SchedulerOutput(swap_out=swap_out))
+        intruder = pool.sequence(90)
         intruder.block_table = list(request.block_table)
         pool.step((intruder, 90))
         fresh = [pool.free.pop() for _ in slots]
-        output = SchedulerOutput()
-        output.swap_in = list(zip(slots, fresh, strict=True))
         pool.free += request.block_table
         request.block_table = fresh
-        pool.step((request, 1), output=output)
+        pool.step((request, 1), swap_in=tuple(zip(slots, fresh, strict=True)))
     assert request.token_ids == undisturbed.token_ids
 
 
 def test_a_copied_block_is_the_same_context(make: Callable[..., OpenVINOExecutor]) -> None:
     pool = Pool(make("llama"))
-    parent = pool.request(50)
+    parent = pool.sequence(50)
     pool.step((parent, 50))
-    child = pool.request(0, GREEDY, parent.prompt_token_ids)
+    child = pool.sequence(0, GREEDY, parent.prompt)
     child.token_ids = list(parent.token_ids)
     child.num_computed_tokens = parent.num_computed_tokens
     copy = pool.free.pop()
     child.block_table = [parent.block_table[0], copy]
-    output = SchedulerOutput()
-    output.block_copies = [(parent.block_table[1], copy)]
-    tokens = pool.step((parent, 1), (child, 1), output=output)
+    copies = ((parent.block_table[1], copy),)
+    tokens = pool.step((parent, 1), (child, 1), block_copies=copies)
     assert tokens[0] == tokens[1]
 
 
-def test_a_step_without_requests_only_moves_blocks(make: Callable[..., OpenVINOExecutor]) -> None:
+def test_a_step_without_rows_only_moves_blocks(make: Callable[..., OpenVINOExecutor]) -> None:
     executor = make("llama")
-    output = SchedulerOutput()
-    output.block_copies = [(0, 1)]
-    assert executor.execute(output).sampled_token_ids == []
+    assert executor.execute(SchedulerOutput(block_copies=((0, 1),))).tokens == []
+
+
+@pytest.mark.parametrize("params", [GREEDY, RANDOM], ids=["greedy", "sampling"])
+def test_sequences_that_share_a_prompt_go_on_as_if_they_were_alone(
+    make: Callable[..., OpenVINOExecutor], params: SamplingParams
+) -> None:
+    executor = make("llama")
+    pool = Pool(executor)
+    parent = pool.sequence(40, params)
+    seeds = (1, 2, 3)
+    row = pool.row(parent, seeds=seeds)
+    (first,) = executor.execute(SchedulerOutput(rows=(row,))).tokens
+    choices = []
+    for index, token_id in enumerate(first):
+        choice = pool.sequence(0, replace(params, seed=seeds[index]), parent.prompt)
+        choice.take(row, (token_id,))
+        choice.block_table = list(parent.block_table[:1])
+        choices.append(choice)
+    copies = []
+    for choice in choices:  # each writes into a copy of the last block
+        choice.block_table.append(pool.free.pop())
+        copies.append((parent.block_table[1], choice.block_table[1]))
+    pool.step(*((choice, 1) for choice in choices), block_copies=tuple(copies))
+    for _ in range(6):
+        pool.step(*((choice, 1) for choice in choices))
+    for choice in choices:
+        alone = pool.sequence(0, choice.params, parent.prompt)
+        pool.step((alone, 40))
+        for _ in range(7):
+            pool.step((alone, 1))
+        assert choice.output == alone.output
+    assert len({tuple(choice.output) for choice in choices}) == (1 if params is GREEDY else 3)
+
+
+@pytest.mark.parametrize("params", [GREEDY, RANDOM], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("right", [0, 1, 2, 3])
+def test_drafts_change_the_number_of_steps_and_not_the_tokens(
+    make: Callable[..., OpenVINOExecutor], params: SamplingParams, right: int
+) -> None:
+    """In every step so many right drafts, then a wrong one; over the edge of a block."""
+    executor = make("llama", weight_format="f32")
+    pool = Pool(executor)
+    plain = pool.sequence(25, params)
+    pool.step((plain, 25))
+    for _ in range(20):
+        pool.step((plain, 1))
+    drafting = pool.sequence(0, params, plain.prompt)
+    other = pool.sequence(5)
+    num_steps = 0
+    while len(drafting.output) < 16:
+        rest = plain.output[len(drafting.output) :]
+        drafts = (*rest[:right], (rest[right] + 1) % executor.vocab_size)
+        row = pool.row(drafting, drafts=drafts)
+        output = executor.execute(SchedulerOutput(rows=(pool.row(other), row)))
+        drafting.take(row, output.tokens[1])
+        assert output.tokens[1] == tuple(rest[: right + 1])
+        num_steps += 1
+    assert drafting.output == plain.output[: len(drafting.output)]
+    assert num_steps == -(-16 // (right + 1))
+
+
+def test_the_logits_after_drafts_are_the_reference_s(make: Callable[..., OpenVINOExecutor]) -> None:
+    executor = make("llama", weight_format="f32")
+    pool = Pool(executor)
+    drafting = pool.sequence(30, RANDOM)
+    drafts = (5, 6, 7)
+    want = MODELS["llama"].logits([*drafting.token_ids, *drafts])[29:]
+    batch = executor.batch([pool.row(drafting, drafts=drafts)])
+    got = executor.forward(batch).logits
+    tolerance = 0.15 if executor.precision.arithmetic == "bf16" else 0.01
+    np.testing.assert_allclose(got, want, atol=tolerance * np.std(want) * 4)
+
+
+def test_a_step_that_was_pickled_gives_the_same(make: Callable[..., OpenVINOExecutor]) -> None:
+    executor = make("llama")
+    pool = Pool(executor)
+    params = SamplingParams(seed=3, logprobs=2, prompt_logprobs=1, logit_bias={5: 1.5})
+    rows = [pool.row(pool.sequence(20 + 9 * index, params)) for index in range(3)]
+    output = SchedulerOutput(7, tuple(rows))
+    result = executor.execute(output)
+    copy = pickle.loads(pickle.dumps(output))
+    assert copy == output
+    assert executor.execute(copy)._replace(swap_ms=0) == result._replace(swap_ms=0)
+    assert pickle.loads(pickle.dumps(result)) == result
 
 
 def test_batch_invariance_is_checked_and_holds_here(
@@ -346,7 +434,7 @@ def test_long_context_up_to_the_last_position(make: Callable[..., OpenVINOExecut
     executor = make("qwen2", weight_format="f32")
     pool = Pool(executor)
     length = executor.max_model_len
-    request = pool.request(length, RANDOM)
+    request = pool.sequence(length, RANDOM)
     want = MODELS["qwen2"].logits(request.token_ids)[-1]
     while request.num_computed_tokens + 128 < length:
         pool.step((request, 128))

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from growing_sequence import GrowingSequence
 
-from headway.core.request import Request, SamplingParams
+from headway.core.sampling_params import SamplingParams
 from headway.core.scheduler_output import SchedulerOutput
 from headway.executor.openvino import OpenVINOExecutor
 from headway.models.registry import resolve
@@ -27,34 +28,26 @@ def executor() -> Iterator[OpenVINOExecutor]:
 
 
 def generate(
-    executor: OpenVINOExecutor, requests: list[Request], steps: int, chunk: int = 1000
+    executor: OpenVINOExecutor, sequences: list[GrowingSequence], steps: int, chunk: int = 1000
 ) -> list[list[int]]:
-    """Run the requests together for so many steps each, prompts in chunks."""
-    for _ in range(steps):
-        output = SchedulerOutput()
-        output.requests = requests
-        output.num_scheduled_tokens = [
-            min(chunk, request.num_tokens - request.num_computed_tokens) for request in requests
-        ]
-        tokens = executor.execute(output).sampled_token_ids
-        for request, count, token in zip(
-            requests, output.num_scheduled_tokens, tokens, strict=True
-        ):
-            request.num_computed_tokens += count
-            if token is not None:
-                request.token_ids.append(token)
-    return [request.output_token_ids for request in requests]
+    """Run the sequences together for so many steps each, prompts in chunks."""
+    for step in range(steps):
+        rows = tuple(
+            sequence.row(min(chunk, sequence.num_uncomputed_tokens)) for sequence in sequences
+        )
+        result = executor.execute(SchedulerOutput(step, rows))
+        for sequence, row, tokens in zip(sequences, rows, result.tokens, strict=True):
+            sequence.take(row, tokens)
+    return [sequence.output for sequence in sequences]
 
 
-def request(prompt: list[int], block: int) -> Request:
+def sequence(prompt: list[int], block: int) -> GrowingSequence:
     params = SamplingParams(temperature=0.0, max_tokens=64)
-    one = Request(f"r{block}", prompt=prompt, sampling_params=params)
-    one.block_table = list(range(block, block + 8))
-    return one
+    return GrowingSequence(f"r{block}", prompt, params, block_table=range(block, block + 8))
 
 
 def test_the_capital_of_france(executor: OpenVINOExecutor) -> None:
-    ((first, *_),) = generate(executor, [request(PROMPT, 0)], 1)
+    ((first, *_),) = generate(executor, [sequence(PROMPT, 0)], 1)
     assert first == PARIS
 
 
@@ -66,7 +59,7 @@ def test_batch_invariance_holds(executor: OpenVINOExecutor) -> None:
 def test_greedy_output_does_not_depend_on_the_company(executor: OpenVINOExecutor) -> None:
     random = np.random.default_rng(0)
     prompts = [random.integers(0, executor.vocab_size, 10 + 9 * n).tolist() for n in range(12)]
-    alone = [generate(executor, [request(prompt, 0)], 12)[0] for prompt in prompts]
-    together = [request(prompt, 8 * index) for index, prompt in enumerate(prompts)]
+    alone = [generate(executor, [sequence(prompt, 0)], 12)[0] for prompt in prompts]
+    together = [sequence(prompt, 8 * index) for index, prompt in enumerate(prompts)]
     generate(executor, together, 18, chunk=16)
-    assert [one.output_token_ids[:12] for one in together] == alone
+    assert [beside.output[:12] for beside in together] == alone

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,21 +14,62 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headway.core.errors import InternalError
-from headway.core.request import SamplingParams
-from headway.executor.sampler import Sampler, sample, uniform
+from headway.core.sampling_params import SamplingParams
+from headway.executor.sampler import Sampler, uniform
 
 RELAXED = settings(deadline=None)
 
 LOGITS = np.array([2.0, -1.0, 0.5, 2.0, 0.0, -3.0, 1.0, 0.5, -np.inf, -0.5], dtype=np.float32)
 
 
-def distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """The exact probabilities: temperature, then top-k, then top-p, by sorting everything."""
+def sample(
+    logits: np.ndarray,
+    params: SamplingParams,
+    position: int,
+    num_prompt_tokens: int = 0,
+    tokens: Any = (),
+    banned: Collection[int] = (),
+) -> int:
+    """The choice of a sampler that has made no other, with the seed of ``params``."""
+    return Sampler(logits.size).sample(
+        logits, params, position, params.seed, num_prompt_tokens, tokens, banned
+    )
+
+
+def adjusted_logits(
+    logits: np.ndarray,
+    params: SamplingParams,
+    num_prompt_tokens: int,
+    tokens: Sequence[int],
+    banned: Collection[int],
+) -> list[float]:
+    """Bans, biases and penalties, token by token, in float64."""
+    adjusted = [float(logit) for logit in logits]
+    for token in banned:
+        adjusted[token] = -math.inf
+    for token, bias in params.logit_bias.items():
+        adjusted[token] += bias
+    for token in set(tokens):
+        if adjusted[token] > 0:
+            adjusted[token] /= params.repetition_penalty
+        else:
+            adjusted[token] *= params.repetition_penalty
+    generated = list(tokens)[num_prompt_tokens:]
+    for token in set(generated):
+        adjusted[token] -= params.frequency_penalty * generated.count(token)
+        adjusted[token] -= params.presence_penalty
+    return adjusted
+
+
+def distribution(logits: Sequence[float] | np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The exact probabilities: temperature, min-p, top-k, top-p, by sorting everything."""
     ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    if params.top_k > 0:
-        ranked = ranked[: params.top_k]
     scaled = np.array([float(logits[token]) for token in ranked]) / params.temperature
-    weights = np.exp(scaled - scaled.max())
+    weights = np.exp(scaled - scaled[0])
+    possible = weights >= params.min_p
+    if params.top_k > 0:
+        possible[params.top_k :] = False
+    weights[~possible] = 0.0
     weights /= weights.sum()
     if params.top_p < 1.0:
         kept = int(np.searchsorted(np.cumsum(weights), params.top_p - 1e-9)) + 1
@@ -34,6 +78,12 @@ def distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     result = np.zeros(len(logits))
     result[ranked] = weights
     return result
+
+
+def random_number(seed: int, position: int) -> float:
+    """That of a position, from numpy's generator, which counts up before it generates."""
+    generator = np.random.Philox(key=seed, counter=(position - 1) % 2**256)
+    return float(np.random.Generator(generator).random())
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, int]:
@@ -63,13 +113,17 @@ def quantile(freedom: int, z: float) -> float:
         {"top_p": 0.3},
         {"top_k": 5, "top_p": 0.9},
         {"temperature": 2.0, "top_k": 6, "top_p": 0.7},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
+        {"temperature": 3.0, "min_p": 0.4, "top_p": 0.8},
+        {"min_p": 0.1, "top_k": 4, "top_p": 0.9},
     ],
     ids=str,
 )
 def test_draws_follow_the_exact_distribution(changes: dict[str, float]) -> None:
     params = SamplingParams(seed=20_240_607, **changes)  # type: ignore[arg-type]
     sampler = Sampler(len(LOGITS))
-    draws = [sampler.sample(LOGITS, params, position) for position in range(6_000)]
+    draws = [sampler.sample(LOGITS, params, position, params.seed) for position in range(6_000)]
     counts = np.bincount(draws, minlength=len(LOGITS))
     statistic, freedom = chi_square(counts, distribution(LOGITS, params))
     if freedom:
@@ -83,7 +137,7 @@ def test_draws_over_a_large_vocabulary_follow_the_exact_distribution() -> None:
     logits = rng.normal(scale=2.0, size=5_003).astype(np.float32)
     params = SamplingParams(seed=11, top_p=0.97)
     sampler = Sampler(logits.size)
-    draws = np.array([sampler.sample(logits, params, position) for position in range(4_000)])
+    draws = np.array([sampler.sample(logits, params, n, params.seed) for n in range(4_000)])
     exact = distribution(logits, params)
     # Tokens with few expected draws are pooled, so that the statistic has its distribution.
     groups = (np.cumsum(exact) * 40).astype(int).clip(max=39)
@@ -113,7 +167,8 @@ def test_a_choice_is_possible_whatever_the_parameters(
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     chosen = sample(logits, params, position)
     assert np.isfinite(logits[chosen])
-    # Whoever is chosen ranks inside the top k, and fewer than top_p of the weight is before it.
+    # The token that is chosen ranks inside the top k, and less than top_p of the weight is before
+    # it.
     # Logits that a float32 cannot tell apart, seen from the largest, are equals.
     distance = logits.max() - logits
     ranked = sorted(range(len(logits)), key=lambda token: (distance[token], token))
@@ -124,6 +179,12 @@ def test_a_choice_is_possible_whatever_the_parameters(
     ranked.sort(key=lambda token: (distance[token], token))
     weights = np.exp(-distance[ranked].astype(np.float64))
     assert weights[: ranked.index(chosen)].sum() / weights.sum() < top_p + 1e-5
+
+
+def test_zeros_of_either_sign_are_equals() -> None:
+    signed = np.array([-1.0, -0.0, 0.0], dtype=np.float32)
+    half = SamplingParams(top_p=0.5, seed=1)
+    assert {sample(signed, half, n) for n in range(200)} == {1, 2}
 
 
 def test_greedy_ties_and_top_k_ties_go_to_the_smaller_id() -> None:
@@ -143,40 +204,134 @@ def test_greedy_ties_and_top_k_ties_go_to_the_smaller_id() -> None:
 #: Numbers whose sums a float32 holds exactly.
 quarters = st.integers(-8, 8).map(lambda number: number / 4)
 
+#: Few values, so that ties are frequent; and rows longer than the blocks in which sums are taken.
+rows = st.one_of(
+    st.lists(st.one_of(quarters, st.just(-math.inf)), min_size=3, max_size=12),
+    st.tuples(st.integers(0, 2**32 - 1), st.integers(3, 1_500)).map(
+        lambda pair: np.random.default_rng(pair[0]).normal(scale=150, size=pair[1]) // 1 / 64
+    ),
+).map(lambda values: np.array(values, dtype=np.float32))
 
-@RELAXED
+
+@settings(deadline=None, max_examples=400)
 @given(
-    values=st.lists(quarters, min_size=3, max_size=12),
-    generated=st.lists(st.integers(0, 2), max_size=8),
-    presence=quarters,
-    frequency=quarters,
+    logits=rows,
+    tokens=st.lists(st.integers(0, 2), max_size=8),
+    num_prompt_tokens=st.integers(0, 8),
+    banned=st.sets(st.integers(0, 2)),
+    presence=st.one_of(st.just(0.0), quarters),
+    frequency=st.one_of(st.just(0.0), quarters),
+    repetition=st.one_of(st.sampled_from([0.5, 1.0, 2.0]), st.floats(0.1, 3.0)),
     logit_bias=st.dictionaries(st.integers(0, 2), quarters, max_size=3),
-    position=st.integers(0, 100),
-    temperature=st.sampled_from([0.0, 0.7]),
+    temperature=st.one_of(st.just(0.0), st.floats(0.2, 3.0)),
+    top_k=st.integers(-1, 12),
+    top_p=st.one_of(st.just(1.0), st.floats(0.05, 1.0)),
+    min_p=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.0, 1.0)),
+    seed=st.integers(0, 2**64 - 1),
+    position=st.integers(0, 1_000),
 )
-def test_penalties_and_biases_are_the_definition_s(
-    values: list[float],
-    generated: list[int],
+def test_every_choice_is_the_definition_s(
+    logits: np.ndarray,
+    tokens: list[int],
+    num_prompt_tokens: int,
+    banned: set[int],
     presence: float,
     frequency: float,
+    repetition: float,
     logit_bias: dict[int, float],
-    position: int,
     temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    position: int,
 ) -> None:
-    adjusted = list(values)
-    for token, bias in logit_bias.items():
-        adjusted[token] += bias
-    for token in set(generated):
-        adjusted[token] -= presence + frequency * generated.count(token)
-    plain = SamplingParams(temperature=temperature, seed=5, top_p=0.9)
-    params = replace(
-        plain, presence_penalty=presence, frequency_penalty=frequency, logit_bias=logit_bias
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        repetition_penalty=repetition,
+        logit_bias=logit_bias,
     )
-    wanted = sample(np.array(adjusted, dtype=np.float32), plain, position)
-    logits = np.array(values, dtype=np.float32)
-    assert sample(logits, params, position, generated) == wanted
-    assert sample(logits, params, position, generated[::-1]) == wanted
-    assert logits.tolist() == values
+    num_prompt_tokens = min(num_prompt_tokens, len(tokens))
+    adjusted = adjusted_logits(logits, params, num_prompt_tokens, tokens, banned)
+    assume(np.isfinite(logits).any() and np.isfinite(adjusted).any())
+    # What a float32 cannot tell apart is left out: adjusted logits that nearly tie, ...
+    distances = np.array(adjusted) - max(adjusted)
+    gaps = -np.diff(np.sort(distances[np.isfinite(distances)]))
+    assume(not ((gaps != 0.0) & (abs(gaps) < 1e-4)).any())
+    wanted = adjusted.index(max(adjusted))
+    if temperature > 0.0:
+        # ... a weight at the edge of min-p, a sum at the edge of top-p, ...
+        weights = np.exp(distances / temperature)
+        assume(not ((weights != min_p) & (abs(weights - min_p) < 1e-5)).any())
+        if top_p < 1.0:
+            nucleus = np.cumsum(np.sort(distribution(adjusted, replace(params, top_p=1.0)))[::-1])
+            assume((abs(nucleus - top_p) > 1e-5).all())
+        # ... and a draw at the edge of two tokens.
+        reached = np.cumsum(distribution(adjusted, params))
+        point = random_number(seed, position)
+        assume((abs(reached - point) > 1e-5).all())
+        wanted = int(np.searchsorted(reached, point))
+    before = logits.copy()
+    sampler = Sampler(logits.size)
+    chosen = sampler.sample(logits, params, position, seed, num_prompt_tokens, tokens, banned)
+    assert chosen == wanted
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_repetition_counts_in_the_prompt_and_the_other_penalties_in_the_output() -> None:
+    logits = np.array([1.0, 0.75, -1.0], dtype=np.float32)
+    greedy = SamplingParams(temperature=0)
+    assert sample(logits, greedy, 2, 2, [0, 0]) == 0
+    assert sample(logits, replace(greedy, repetition_penalty=2), 2, 2, [0, 0]) == 1
+    assert sample(logits, replace(greedy, presence_penalty=2), 2, 2, [0, 0]) == 0
+    assert sample(logits, replace(greedy, presence_penalty=2), 2, 1, [0, 0]) == 1
+    assert sample(logits, replace(greedy, frequency_penalty=0.2), 2, 1, [0, 0]) == 0
+    assert sample(logits, replace(greedy, frequency_penalty=0.2), 2, 0, [0, 0]) == 1
+    # A logit below 0 is multiplied, so that its token becomes less likely, too.
+    assert sample(-logits[::-1], replace(greedy, repetition_penalty=2), 1, 1, [0]) == 0
+    assert sample(np.array([-1.0, -1.5]), replace(greedy, repetition_penalty=2), 1, 1, [0]) == 1
+
+
+def test_tokens_may_be_a_list_an_array_or_of_numpy() -> None:
+    params = SamplingParams(
+        seed=3, temperature=3, repetition_penalty=1.7, presence_penalty=1, frequency_penalty=-0.5
+    )
+    tokens = [0, 3, 3, 9, 6, 0]
+    for position in range(30):
+        chosen = sample(LOGITS, params, position, 2, tokens)
+        assert sample(LOGITS, params, position, 2, array("q", tokens)) == chosen
+        assert sample(LOGITS, params, position, 2, np.array(tokens)) == chosen
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40, 1e40, 1e300])
+def test_an_extreme_repetition_penalty_forbids_nothing_and_allows_nothing(penalty: float) -> None:
+    logits = np.array([-np.inf, -3e38, -2.0, 0.0, 2.0, 3e38], dtype=np.float32)
+    tokens = range(6)
+    for changes in ({"temperature": 0.0}, {}, {"top_p": 0.5}, {"presence_penalty": -2.0}):
+        params = SamplingParams(seed=1, repetition_penalty=penalty, **changes)  # type: ignore[arg-type]
+        drawn = {sample(logits, params, position, 6, tokens) for position in range(20)}
+        # Logits beyond what a float32 holds are equals, and so are those below.
+        assert drawn <= ({4, 5} if penalty < 1 else {3, 4, 5})
+    only = np.array([-np.inf, -2.0], dtype=np.float32)
+    params = SamplingParams(temperature=0, repetition_penalty=penalty)
+    assert sample(only, params, 2, 2, [0, 1]) == 1
+
+
+def test_what_is_banned_is_not_chosen_whatever_attracts_it() -> None:
+    attracted = SamplingParams(seed=1, logit_bias={3: 100.0}, presence_penalty=-2.0)
+    assert sample(LOGITS, attracted, 1, 0, [3]) == 3
+    drawn = {sample(LOGITS, attracted, n, 0, [3], frozenset({3, 0})) for n in range(300)}
+    assert drawn == {1, 2, 4, 5, 6, 7, 9}
+    greedy = SamplingParams(temperature=0)
+    assert sample(LOGITS, greedy, 0, banned=[0]) == 3
+    assert sample(LOGITS, greedy, 0, banned=[0, 3]) == 6
+    # An id outside of the vocabulary is never chosen anyway.
+    assert sample(LOGITS, greedy, 0, banned=[10, 2**40]) == 0
 
 
 @RELAXED
@@ -193,9 +348,9 @@ def test_penalties_do_not_change_a_greedy_sequence_without_repeats(
     plain = table.argmax(1).tolist()
     assume(len(set(plain)) == length)
     params = SamplingParams(temperature=0, presence_penalty=presence, frequency_penalty=frequency)
-    generated: list[int] = []
+    generated: list[int] = []  # there is no prompt
     for position, row in enumerate(table):
-        generated.append(sample(row, params, position, generated))
+        generated.append(sample(row, params, position, 0, generated))
     assert generated == plain
 
 
@@ -221,7 +376,8 @@ def test_the_draw_depends_on_seed_and_position_only() -> None:
     order = list(alone)
     rng.shuffle(order)
     for seed, position in order:
-        assert sampler.sample(logits[position], requests[seed], position) == alone[seed, position]
+        drawn = sampler.sample(logits[position], requests[seed], position, seed)
+        assert drawn == alone[seed, position]
     # Seeds and positions do make a difference.
     assert len({tuple(alone[seed, n] for n in range(20)) for seed in range(5)}) == 5
     level = np.zeros(1_000, dtype=np.float32)
@@ -231,11 +387,7 @@ def test_the_draw_depends_on_seed_and_position_only() -> None:
 @RELAXED
 @given(seed=st.integers(0, 2**64 - 1), position=st.integers(0, 2**64 - 2))
 def test_the_random_numbers_are_philox(seed: int, position: int) -> None:
-    # numpy counts up before it generates.
-    generator = np.random.Philox(key=seed, counter=(position - 1) % 2**64)
-    if position == 0:
-        generator = np.random.Philox(key=seed, counter=2**256 - 1)
-    assert uniform(seed, position) == np.random.Generator(generator).random()
+    assert uniform(seed, position) == random_number(seed, position)
 
 
 def test_neighbouring_seeds_and_positions_are_not_correlated() -> None:
@@ -270,8 +422,10 @@ def test_broken_logits_are_our_own_error() -> None:
         with pytest.raises(InternalError, match="the largest of 2 logits is"):
             sample(np.array(row, dtype=np.float32), params, 0)
     with pytest.raises(InternalError, match="shape"):
-        Sampler(4).sample(np.zeros(5, np.float32), params, 0)
+        Sampler(4).sample(np.zeros(5, np.float32), params, 0, 1)
     with pytest.raises(InternalError, match="has no seed"):
         sample(LOGITS, SamplingParams(), 0)
     with pytest.raises(InternalError, match="vocab_size is 0"):
         Sampler(0)
+    with pytest.raises(InternalError, match="the largest of 10 logits is -inf"):
+        sample(LOGITS, params, 0, banned=range(10))

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import pickle
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from growing_sequence import GrowingSequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headway.core import invariants
 from headway.core.config import PreemptionMode, SchedulerConfig
-from headway.core.cost_model import StepFeatures
+from headway.core.cost_model import SMALL_CPU_COSTS, StepFeatures
 from headway.core.errors import ConfigError, InternalError
-from headway.core.request import Request, SamplingParams
+from headway.core.request import Request
+from headway.core.sampling_params import SamplingParams
 from headway.core.scheduler import PriorityScheduler
-from headway.core.scheduler_output import SchedulerOutput
-from headway.engine.engine import Engine
-from headway.executor.base import Executor
+from headway.core.scheduler_output import SchedulerOutput, StepRow
+from headway.executor.base import Executor, accept_drafts
 from headway.executor.simulated import (
     SimulatedExecutor,
     VirtualClock,
@@ -23,18 +29,36 @@ from headway.executor.simulated import (
     rate_token,
 )
 
+PLAIN = SamplingParams()
+
 
 def make_executor(clock: VirtualClock | None = None, **settings: Any) -> SimulatedExecutor:
     defaults = {"num_blocks": 8, "block_size": 4, "num_swap_blocks": 8, "max_model_len": 32}
     return SimulatedExecutor(clock or VirtualClock(), **(defaults | {"verify": True} | settings))
 
 
-def step_of(request: Request, count: int) -> SchedulerOutput:
-    output = SchedulerOutput()
-    output.requests.append(request)
-    output.num_scheduled_tokens.append(count)
-    output.num_batched_tokens = count
-    return output
+def sequence(
+    request_id: str,
+    prompt: Sequence[int],
+    block_table: Sequence[int] = (),
+    params: SamplingParams = PLAIN,
+    **place: Any,
+) -> GrowingSequence:
+    return GrowingSequence(request_id, prompt, params, block_table=block_table, **place)
+
+
+def step_of(*rows: StepRow, **moves: Any) -> SchedulerOutput:
+    return SchedulerOutput(0, rows, **moves)
+
+
+def run(
+    executor: SimulatedExecutor, growing: GrowingSequence, count: int | None = None, **wishes: Any
+) -> tuple[int, ...]:
+    """A step of one row, which the sequence takes in."""
+    row = growing.row(count, **wishes)
+    (tokens,) = executor.execute(step_of(row)).tokens
+    growing.take(row, tokens)
+    return tokens
 
 
 class TestVirtualClock:
@@ -60,41 +84,97 @@ class TestTime:
         executor = make_executor(
             clock, cost=(100.0, 10.0, 1.0, 0.1), swap_ms_per_block=1000.0, verify=False
         )
-        output = step_of(Request("a", prompt=[1, 2, 3]), 3)
-        output.features = StepFeatures(prefill_tokens=3, decode_seqs=2, context_tokens=40)
-        output.swap_out = [(0, 0)]
-        output.swap_in = [(1, 3), (2, 4)]
+        output = step_of(
+            sequence("a", [1, 2, 3]).row(),
+            features=StepFeatures(prefill_tokens=3, decode_seqs=2, context_tokens=40),
+            swap_out=((0, 0),),
+            swap_in=((1, 3), (2, 4)),
+        )
         assert executor.execute(output).swap_ms == 3000.0
         assert clock() == pytest.approx((100 + 30 + 2 + 4 + 3000) / 1e3)
         assert executor.num_steps == 1
 
     def test_only_swapping_costs_no_step(self) -> None:
         clock = VirtualClock()
-        output = SchedulerOutput()
-        output.swap_out = [(0, 0)]
-        make_executor(clock, swap_ms_per_block=2.0).execute(output)
+        make_executor(clock, swap_ms_per_block=2.0).execute(step_of(swap_out=((0, 0),)))
         assert clock() == pytest.approx(0.002)
+
+    def test_what_to_expect_of_it_is_a_setting_of_its_own(self) -> None:
+        cost = (1.0, 2.0, 3.0, 4.0)
+        assert make_executor(cost=cost).cost_prior == SMALL_CPU_COSTS
+        assert make_executor(cost=cost, cost_prior=cost).cost_prior == cost
 
 
 class TestTokens:
     def test_are_a_function_of_request_and_position(self) -> None:
-        executor = make_executor()
-        request = Request("a", prompt=[5, 6, 7])
-        request.block_table = [2]
-        assert executor.execute(step_of(request, 3)).sampled_token_ids == [choose_token("a", 3)]
+        assert run(make_executor(), sequence("a", [5, 6, 7], [2])) == (choose_token("a", 3),)
         assert choose_token("a", 3) != choose_token("b", 3) != choose_token("b", 4)
         assert all(0 < choose_token("a", position) < 32_000 for position in range(1000))
 
     def test_come_only_with_the_last_known_token(self) -> None:
-        request = Request("a", prompt=[5, 6, 7])
-        request.block_table = [2]
-        assert make_executor().execute(step_of(request, 2)).sampled_token_ids == [None]
+        assert run(make_executor(), sequence("a", [5, 6, 7], [2]), 2) == ()
 
     def test_can_be_chosen(self) -> None:
         executor = make_executor(sampler=lambda request_id, position: position)
-        request = Request("a", prompt=[5, 6, 7])
-        request.block_table = [0]
-        assert executor.execute(step_of(request, 3)).sampled_token_ids == [3]
+        assert run(executor, sequence("a", [5, 6, 7], [0])) == (3,)
+
+    def test_differ_between_the_sequences_of_a_request(self) -> None:
+        executor = make_executor()
+        parent = sequence("a", [5, 6, 7, 8], [0, 1])
+        first = run(executor, parent, seeds=(1, 2, 3))
+        assert first == tuple(choose_token(name, 4) for name in ("a", "a#1", "a#2"))
+        others = [
+            sequence(
+                "a", parent.prompt, [0, 1 + index], output=first[index : index + 1], index=index
+            )
+            for index in range(3)
+        ]
+        for other in others:
+            other.num_computed_tokens = 4
+        output = step_of(*(other.row() for other in others))
+        assert executor.execute(output).tokens == [
+            (choose_token(name, 5),) for name in ("a", "a#1", "a#2")
+        ]
+
+
+class TestDrafts:
+    def test_are_accepted_as_far_as_they_are_right(self) -> None:
+        executor = make_executor(sampler=lambda request_id, position: 100 + position)
+        growing = sequence("a", [5, 6, 7], [0, 1, 2, 3])
+        assert run(executor, growing, drafts=(103, 104)) == (103, 104, 105)
+        assert run(executor, growing, drafts=(106, 0, 108)) == (106, 107)
+        assert run(executor, growing, drafts=(0, 108)) == (108,)
+        assert run(executor, growing) == (109,)
+        assert growing.output == list(range(103, 110))
+
+    def test_a_fault_behind_a_wrong_one_is_none(self) -> None:
+        def choose(name: str, position: int) -> int:
+            if position > 4:
+                raise InternalError("no")
+            return 100 + position
+
+        growing = sequence("a", [5, 6, 7], [0, 1])
+        output = make_executor(sampler=choose).execute(step_of(growing.row(drafts=(103, 0, 0))))
+        assert (output.tokens, output.errors) == ([(103, 104)], {})
+        output = make_executor(sampler=choose).execute(step_of(growing.row(drafts=(103, 104))))
+        assert output.tokens == [()]
+        assert set(output.errors) == {0}
+
+    @given(
+        st.lists(st.integers(0, 2), min_size=1, max_size=5),
+        st.lists(st.integers(0, 2), max_size=4),
+    )
+    def test_acceptance_ends_with_the_first_token_that_is_no_draft(
+        self, sampled: list[int], drafts: list[int]
+    ) -> None:
+        drafts = drafts[: len(sampled) - 1]
+        drawn = iter(sampled)
+        tokens = accept_drafts(drawn, drafts)
+        assert tokens == tuple(sampled[: len(tokens)])
+        assert tokens[:-1] == tuple(drafts[: len(tokens) - 1])
+        assert len(tokens) == len(drafts) + 1 or tokens[-1] != drafts[len(tokens) - 1]
+        # Nothing is drawn in vain.
+        assert [*drawn] == sampled[len(tokens) :]
 
 
 class TestRatings:
@@ -103,25 +183,27 @@ class TestRatings:
             for num_top in (0, 1, 5, 20):
                 rated = rate_token(token_id, num_top)
                 assert (rated.token_id, rated.logprob) == (token_id, math.log(0.5))
-                assert len(rated.top) == len({one for one, _ in rated.top}) == num_top
-                assert all(0 <= one <= max(token_id, 20) for one, _ in rated.top)
+                assert len(rated.top) == len({other_id for other_id, _ in rated.top}) == num_top
+                assert all(0 <= other_id <= max(token_id, 20) for other_id, _ in rated.top)
                 assert rated.top[:1] == ((token_id, rated.logprob),)[:num_top]
                 logprobs = [logprob for _, logprob in rated.top]
                 assert logprobs == sorted(logprobs, reverse=True)
                 assert sum(map(math.exp, logprobs)) < 1
 
-    def test_come_with_the_token_and_with_each_chunk_of_the_prompt(self) -> None:
+    def test_come_with_the_tokens_and_with_each_chunk_of_the_prompt(self) -> None:
         executor = make_executor()
         params = SamplingParams(logprobs=2, prompt_logprobs=1)
-        request = Request("a", prompt=[5, 6, 7, 8], sampling_params=params)
-        request.block_table = [2]
-        first = executor.execute(step_of(request, 2))
+        growing = sequence("a", [5, 6, 7, 8], [2, 3], params)
+        row = growing.row(2)
+        first = executor.execute(step_of(row))
         assert first.logprobs == {}
         assert first.prompt_logprobs == {0: (1, [rate_token(6, 1), rate_token(7, 1)])}
-        request.num_computed_tokens = 2
-        second = executor.execute(step_of(request, 2))
+        growing.take(row, ())
+        second = executor.execute(step_of(growing.row(drafts=(choose_token("a", 4),))))
         assert second.prompt_logprobs == {0: (3, [rate_token(8, 1)])}
-        assert second.logprobs == {0: rate_token(choose_token("a", 4), 2)}
+        assert second.logprobs == {
+            0: (rate_token(choose_token("a", 4), 2), rate_token(choose_token("a", 5), 2))
+        }
 
     def test_a_failing_choice_is_its_request_s_error(self) -> None:
         error = InternalError("no")
@@ -131,70 +213,159 @@ class TestRatings:
                 raise error
             return 4
 
-        output = SchedulerOutput()
-        for index, request_id in enumerate(("good", "bad")):
-            request = Request(request_id, prompt=[1, 2])
-            request.block_table = [index]
-            output.requests.append(request)
-            output.num_scheduled_tokens.append(2)
-        result = make_executor(sampler=choose).execute(output)
-        assert result.sampled_token_ids == [4, None]
+        rows = [sequence(name, [1, 2], [index]).row() for index, name in enumerate(("good", "bad"))]
+        result = make_executor(sampler=choose).execute(step_of(*rows))
+        assert result.tokens == [(4,), ()]
         assert result.errors == {1: error}
 
 
 class TestVerify:
-    def test_finds_tokens_that_nobody_computed(self) -> None:
-        request = Request("a", prompt=[1, 2, 3])
-        request.block_table = [0]
-        request.num_computed_tokens = 2
+    def test_finds_tokens_that_no_row_computed(self) -> None:
+        row = sequence("a", [1, 2, 3], [0], num_computed_tokens=2).row()
         with pytest.raises(InternalError, match="token 0 of request 'a' is not in slot 0"):
-            make_executor().execute(step_of(request, 1))
+            make_executor().execute(step_of(row))
 
     def test_finds_another_request_s_tokens(self) -> None:
         executor = make_executor()
-        mine, other = Request("a", prompt=[1, 2, 3]), Request("b", prompt=[9, 2, 3])
-        mine.block_table = other.block_table = [0]
-        executor.execute(step_of(mine, 2))
-        executor.execute(step_of(other, 2))
-        mine.num_computed_tokens = 2
-        with pytest.raises(InternalError, match="request 'a'"):
-            executor.execute(step_of(mine, 1))
+        mine = sequence("a", [1, 2, 3], [0])
+        run(executor, mine, 2)
+        run(executor, sequence("b", [9, 2, 3], [0]), 2)
+        with pytest.raises(InternalError, match="token 0 of request 'a' is not in slot 0"):
+            run(executor, mine)
 
     def test_finds_a_block_that_two_write_in_one_step(self) -> None:
-        output = SchedulerOutput()
-        for request_id, prompt in (("a", [1, 2]), ("b", [3, 4])):
-            request = Request(request_id, prompt=prompt)
-            request.block_table = [5]
-            output.requests.append(request)
-            output.num_scheduled_tokens.append(2)
+        rows = [
+            sequence(name, prompt, [5]).row() for name, prompt in (("a", [1, 2]), ("b", [3, 4]))
+        ]
         with pytest.raises(InternalError, match="request 'a'"):
-            make_executor().execute(output)
+            make_executor().execute(step_of(*rows))
 
     def test_finds_too_short_a_table(self) -> None:
-        request = Request("a", prompt=[1, 2, 3, 4, 5])
-        request.block_table = [0]
         with pytest.raises(InternalError, match="5 tokens of request 'a'"):
-            make_executor().execute(step_of(request, 5))
+            make_executor().execute(step_of(sequence("a", [1, 2, 3, 4, 5], [0]).row()))
+        with pytest.raises(InternalError, match="5 tokens of request 'a'"):
+            make_executor().execute(step_of(sequence("a", [1, 2, 3], [0]).row(drafts=(4, 5))))
 
     def test_follows_swaps_and_copies_in_their_order(self) -> None:
         executor = make_executor()
-        request = Request("a", prompt=[1, 2, 3, 4, 5])
-        request.block_table = [0, 1]
-        executor.execute(step_of(request, 4))
-        request.num_computed_tokens = 4
-        output = step_of(request, 1)
-        output.swap_out = [(0, 7)]
-        output.block_copies = [(6, 0)]  # never written: the block's contents are gone
-        output.swap_in = [(7, 3)]
-        request.block_table = [3, 1]
-        executor.execute(output)
-        request.block_table = [0, 1]
+        growing = sequence("a", [1, 2, 3, 4, 5], [0, 1])
+        run(executor, growing, 4)
+        growing.block_table = [3, 1]
+        moves: dict[str, Any] = {
+            "swap_out": ((0, 7),),
+            "block_copies": ((6, 0),),  # never written: the block's contents are gone
+            "swap_in": ((7, 3),),
+        }
+        executor.execute(step_of(growing.row(), **moves))
+        growing.block_table = [0, 1]
         with pytest.raises(InternalError, match="block 0"):
-            executor.execute(step_of(request, 1))
+            executor.execute(step_of(growing.row()))
+
+    def test_finds_a_token_that_was_not_the_one_sampled(self) -> None:
+        executor = make_executor()
+        growing = sequence("a", [1, 2, 3], [0, 1])
+        (token_id,) = run(executor, growing)
+        growing.token_ids[-1] = token_id + 1
+        with pytest.raises(InternalError, match=f"token 3 of request 'a' is {token_id}"):
+            run(executor, growing)
+
+    @pytest.mark.parametrize("chunk", [4, 2])
+    def test_finds_tokens_that_change_when_they_are_computed_again(self, chunk: int) -> None:
+        executor = make_executor()
+        growing = sequence("a", [1, 2, 3], [0, 1])
+        run(executor, growing)
+        run(executor, growing)
+        growing.num_computed_tokens = 0
+        growing.token_ids[3] += 1
+        with pytest.raises(InternalError, match="token 3 of request 'a'"):
+            while growing.num_computed_tokens < 4:
+                run(executor, growing, chunk)
+
+    def test_finds_a_choice_s_first_token_with_another_choice(self) -> None:
+        executor = make_executor()
+        first = run(executor, sequence("a", [1, 2, 3, 4], [0]), seeds=(1, 2))
+        swapped = sequence("a", [1, 2, 3, 4], [0, 1], output=first[:1], index=1)
+        swapped.num_computed_tokens = 4
+        with pytest.raises(InternalError, match="token 4 of request 'a'"):
+            run(executor, swapped)
+
+    def test_takes_over_what_the_prefix_cache_has_if_it_is_a_whole_beginning(self) -> None:
+        executor = make_executor()
+        run(executor, sequence("a", [1, 2, 3, 4, 5, 6, 7, 8], [2, 3]))
+        hit = sequence("b", [1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 3, 4], num_computed_tokens=8)
+        run(executor, hit)
+        # From now on, these are the tokens of "b", wherever they are.
+        run(executor, sequence("c", [7, 7, 7, 7], [2]))
+        with pytest.raises(InternalError, match="token 0 of request 'b' is not in slot 0"):
+            run(executor, hit)
+
+    @pytest.mark.parametrize("table", [[3, 2, 4], [3, 3, 4], [2, 5, 4]])
+    def test_finds_blocks_that_are_no_beginning_of_any_sequence(self, table: list[int]) -> None:
+        executor = make_executor()
+        run(executor, sequence("a", [1, 2, 3, 4, 5, 6, 7, 8], [2, 3]))
+        hit = sequence("b", [1, 2, 3, 4, 5, 6, 7, 8, 9], table, num_computed_tokens=8)
+        with pytest.raises(InternalError, match="of request 'b' is not in slot 0"):
+            run(executor, hit)
+
+    def test_finds_a_hit_that_ends_with_another_token_or_differs_from_what_the_row_tells(
+        self,
+    ) -> None:
+        executor = make_executor()
+        run(executor, sequence("a", [1, 2, 3, 4], [2]))
+        wrong = sequence("b", [1, 2, 3, 9, 5], [2, 3], num_computed_tokens=4)
+        with pytest.raises(InternalError, match="token 3 of request 'b' is 4"):
+            run(executor, wrong)
+        params = SamplingParams(repetition_penalty=2.0)  # its rows tell the whole context
+        wrong = sequence("c", [1, 9, 3, 4, 5], [2, 3], params, num_computed_tokens=4)
+        with pytest.raises(InternalError, match="token 1 of request 'c' is 2"):
+            run(executor, wrong)
+
+    def test_knows_another_request_under_a_used_id(self) -> None:
+        executor = make_executor()
+        run(executor, sequence("a", [1, 2, 3], [0]))
+        run(executor, sequence("a", [4, 5, 6], [0]))
+        run(executor, sequence("a", [4, 5, 6, 7], [1]))
+        again = sequence("a", [4, 5, 6, 7], [1, 2])
+        for _ in range(3):
+            run(executor, again)
+
+    def test_wrong_drafts_leave_no_trace(self) -> None:
+        executor = make_executor()
+        growing = sequence("a", [1, 2, 3], [0, 1, 2])
+        run(executor, growing, drafts=(0, 0, 0, 0, 0))
+        for _ in range(5):
+            run(executor, growing)
+        assert growing.output == [choose_token("a", position) for position in range(3, 9)]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_step_that_was_pickled_gives_the_same(seed: int) -> None:
+    chance = random.Random(seed)
+    original, other = make_executor(num_blocks=20), make_executor(num_blocks=20)
+    params = SamplingParams(logprobs=2, prompt_logprobs=1, logit_bias={3: 1.0}, stop=("x",))
+    growing = [
+        sequence(f"r{index}", range(1, 4 + index), range(4 * index, 4 * index + 4), params)
+        for index in range(5)
+    ]
+    for step in range(6):
+        chosen = chance.sample(growing, chance.randint(1, 5))
+        rows = [
+            each.row(chance.randint(1, each.num_uncomputed_tokens), banned=frozenset({1, 2}))
+            for each in chosen
+        ]
+        output = SchedulerOutput(step, tuple(rows), features=StepFeatures(1, 2, 3))
+        copy = pickle.loads(pickle.dumps(output))
+        assert copy == output
+        result = original.execute(output)
+        assert pickle.loads(pickle.dumps(result)) == other.execute(copy)
+        assert original.clock() == other.clock()
+        for each, row, tokens in zip(chosen, rows, result.tokens, strict=True):
+            each.take(row, tokens)
 
 
 @pytest.mark.parametrize("mode", list(PreemptionMode))
-def test_an_engine_s_outputs_do_not_depend_on_preemption(mode: PreemptionMode) -> None:
+def test_a_scheduler_s_outputs_do_not_depend_on_preemption(mode: PreemptionMode) -> None:
     clock = VirtualClock()
     executor = make_executor(clock, num_blocks=10)
     config = SchedulerConfig(
@@ -206,8 +377,6 @@ def test_an_engine_s_outputs_do_not_depend_on_preemption(mode: PreemptionMode) -
         preemption_mode=mode,
     )
     scheduler = PriorityScheduler(config=config)
-    engine = Engine(executor, scheduler, clock=clock)
-    engine.observers.append(lambda step: invariants.check(scheduler))
     requests = [
         Request(
             f"r{index}",
@@ -217,12 +386,19 @@ def test_an_engine_s_outputs_do_not_depend_on_preemption(mode: PreemptionMode) -
         )
         for index in range(4)
     ]
+
+    def step() -> None:
+        output = scheduler.schedule(clock())
+        result = executor.execute(output)
+        scheduler.update_from_output(output, result.tokens, clock())
+        invariants.check(scheduler)
+
     for request in requests:
-        engine.submit(request)
-        engine.step()
-        engine.step()
-    while engine.has_work:
-        engine.step()
+        scheduler.add_request(request, clock())
+        step()
+        step()
+    while scheduler.has_unfinished_requests:
+        step()
     for request in requests:
         expected = [choose_token(request.request_id, position) for position in range(9, 17)]
         assert request.output_token_ids == expected

@@ -31,7 +31,7 @@ def results(exp002: ModuleType) -> list[Any]:
 
 
 def by_policy(results: list[Any], scenario: str) -> dict[str, Any]:
-    return {one.policy: one for one in results if one.scenario == scenario}
+    return {result.policy: result for result in results if result.scenario == scenario}
 
 
 SCENARIOS = ("mixed_load", "burst_high_priority", "resource_constrained")
@@ -40,7 +40,7 @@ SCENARIOS = ("mixed_load", "burst_high_priority", "resource_constrained")
 def test_runs_every_scenario_under_every_policy(exp002: ModuleType, results: list[Any]) -> None:
     assert tuple(exp002.SCENARIOS) == SCENARIOS
     for scenario in SCENARIOS:
-        assert list(by_policy(results, scenario)) == [one.name for one in exp002.POLICIES]
+        assert list(by_policy(results, scenario)) == [policy.name for policy in exp002.POLICIES]
 
 
 def test_the_same_numbers_every_time(exp002: ModuleType, results: list[Any]) -> None:
@@ -104,9 +104,9 @@ def test_the_limits_are_limits(exp002: ModuleType) -> None:
     results = exp002.run(exp002.SimulatedBackend(), exp002.LIMITS)
     assert all(result.outputs_equal for result in results)
     for scenario in ("light_load", "equal_classes"):
-        assert len({one.total for one in by_policy(results, scenario).values()}) == 1
+        assert len({result.total for result in by_policy(results, scenario).values()}) == 1
     late = by_policy(results, "victims_almost_done")
-    urgent = {name: one.classes[0].latency_mean for name, one in late.items()}
+    urgent = {name: result.classes[0].latency_mean for name, result in late.items()}
     assert urgent["priority, recompute"] > urgent["FCFS"] > urgent["priority, auto"]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.client import HTTPConnection, HTTPMessage
@@ -17,7 +18,9 @@ from openai import OpenAI
 
 from headway.core.scheduler_output import SchedulerOutput
 from headway.engine.async_engine import AsyncEngine
+from headway.engine.client import EngineClient, StepReport
 from headway.engine.engine import Engine
+from headway.engine.outputs import EngineOutput
 from headway.executor.base import Executor, ModelRunnerOutput
 from headway.server import run
 from headway.server.config import ServerConfig
@@ -33,8 +36,10 @@ class Brake:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._may_pass = threading.Event()
-        self._may_pass.set()
+        self._changed = threading.Condition()
+        #: Steps that have come, and how many of them may pass.
+        self._num_steps = 0
+        self._num_free: float = math.inf
         #: Set while a step is being held.
         self.is_holding = threading.Event()
 
@@ -43,17 +48,31 @@ class Brake:
 
     def hold(self) -> None:
         """Hold the next step and those after it."""
-        self.is_holding.clear()
-        self._may_pass.clear()
+        with self._changed:
+            self.is_holding.clear()
+            self._num_free = self._num_steps
 
     def release(self) -> None:
         """Let all steps pass."""
-        self._may_pass.set()
+        with self._changed:
+            self._num_free = math.inf
+            self._changed.notify_all()
+
+    def step(self, count: int = 1) -> None:
+        """Let the held step pass and hold the next, so many times."""
+        for _ in range(count):
+            with self._changed:
+                self.is_holding.clear()
+                self._num_free += 1
+                self._changed.notify_all()
+            assert self.is_holding.wait(TIMEOUT)
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        if not self._may_pass.is_set():
-            self.is_holding.set()
-            assert self._may_pass.wait(TIMEOUT)
+        with self._changed:
+            self._num_steps += 1
+            if self._num_steps > self._num_free:
+                self.is_holding.set()
+            assert self._changed.wait_for(lambda: self._num_steps <= self._num_free, TIMEOUT)
         return self._executor.execute(output)
 
 
@@ -91,6 +110,9 @@ class RunningServer:
         self, engine: Engine, config: ServerConfig, send_buffer: int | None = None
     ) -> None:
         self.engine = engine
+        #: The last outputs of requests that have ended, in the order of their ends.
+        self.ended: list[EngineOutput] = []
+        engine.listeners.append(self._on_step)
         self.brake = engine.executor = Brake(engine.executor)
         listener = run.bind(config)
         if send_buffer is not None:
@@ -107,6 +129,9 @@ class RunningServer:
         )
         self._thread.start()
         assert is_ready.wait(TIMEOUT)
+
+    def _on_step(self, _: StepReport, outputs: Sequence[EngineOutput]) -> None:
+        self.ended += [output for output in outputs if output.is_last]
 
     def call(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
@@ -186,6 +211,18 @@ def serve(make_engine: MakeEngine) -> Iterator[Serve]:
             return server
 
         yield start
+
+
+@pytest.fixture
+def client_of() -> Callable[[Engine], EngineClient]:
+    """``client_of(engine)``: the client of an engine that the test steps itself."""
+
+    def client_of(engine: Engine) -> EngineClient:
+        client = AsyncEngine(engine)
+        engine.listeners.clear()  # there is no event loop that reads
+        return client
+
+    return client_of
 
 
 @pytest.fixture

@@ -180,13 +180,17 @@ def test_a_block_size_that_the_model_does_not_have_is_refused(
 
 
 def test_it_says_where_and_how_it_serves(environment: dict[str, str], tiny: Path) -> None:
-    args = ["--slo", "0:ttft=200ms,tpot=40ms", "--max-num-seqs", "8", "--max-step-ms", "30"]
+    args = ["--slo", "0:ttft=20s,tpot=4s", "--max-num-seqs", "8", "--max-step-ms", "30"]
+    args += ["--slo", "-3:tpot=1us"]
     with running(environment, tiny, *args) as process:
         for words in (
             "tiny.model",
             "priority, preemption auto",
             "8 requests and 256 tokens, about 30 ms",
-            "0:ttft=200ms,tpot=40ms",
+            "-3:tpot=0.001ms  0:ttft=20000ms,tpot=4000ms",
+            "a first token within about",
+            "target -3:tpot=0.001ms is beyond reach, about",
+            "results   ",
             "everybody who can connect",
             f"curl http://127.0.0.1:{process.port}/v1/completions",
         ):
@@ -289,8 +293,10 @@ def test_a_client_that_does_not_read_does_not_keep_it_from_stopping(
         connection.connect(("127.0.0.1", process.port))
         body = json.dumps({"prompt": "a" * 20_000, "echo": True, "n": 128, "stream": True})
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body) + body.encode()
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            % len(body)
+            + body.encode()
         )
         assert connection.recv(10)
         process.signal(signal.SIGTERM)

@@ -40,6 +40,7 @@ def test_answers_say_the_first_name() -> None:
         ({"request_timeout": math.nan}, ["request_timeout is nan"]),
         ({"send_timeout": math.inf}, ["send_timeout is inf"]),
         ({"shutdown_timeout": -1}, ["shutdown_timeout is -1", "at least 0"]),
+        ({"stream_keep_alive": -1}, ["stream_keep_alive is -1", "at least 0"]),
         ({"shutdown_timeout": math.nan}, ["shutdown_timeout is nan"]),
         ({"log_level": "loud"}, ["'loud'", "warning"]),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 
 from headway.core.errors import ConfigError, EngineStopped
 from headway.core.scheduler_output import SchedulerOutput
+from headway.engine.async_engine import AsyncEngine
 from headway.engine.engine import Engine
 from headway.executor.base import ModelRunnerOutput
 from headway.server import run
-from headway.server.api_keys import ApiKey
 from headway.server.config import ServerConfig
+from headway.server.edge.api_keys import ApiKey
 
 Serve = Callable[..., Any]
 MakeEngine = Callable[..., Engine]
@@ -62,7 +64,8 @@ def test_an_address_that_is_taken_while_the_model_is_loaded(make_engine: MakeEng
         other.bind(listener.getsockname())
         other.listen()
         with pytest.raises(ConfigError, match="address already in use"):
-            run.run(make_engine(), config(port=listener.getsockname()[1]), listener, print)
+            port = listener.getsockname()[1]
+            run.run(AsyncEngine(make_engine()), config(port=port), listener, print)
 
 
 class Broken:
@@ -94,7 +97,7 @@ def test_a_server_whose_engine_dies_ends_and_says_why(
             connection.request("POST", "/v1/completions", body, headers)
 
         with pytest.raises(EngineStopped, match="step loop died"):
-            run.run(make_engine(executor=Broken()), config(), listener, ask)
+            run.run(AsyncEngine(make_engine(executor=Broken())), config(), listener, ask)
         statuses.append(connection.getresponse().status)
         connection.close()
     sys.setswitchinterval(before)
@@ -105,7 +108,7 @@ def test_a_server_whose_engine_dies_ends_and_says_why(
 def test_connections_that_are_idle_do_not_hold_up_the_end(serve: Serve) -> None:
     server = serve()
     with server.connect() as fresh, server.connect() as used:
-        used.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        used.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert used.recv(1000).startswith(b"HTTP/1.1 200 ")
         server.stop()
         assert fresh.recv(1) == b""
@@ -121,3 +124,20 @@ def test_what_is_gathered_for_a_reader_is_still_sent(serve: Serve, story: str) -
     server.stop()
     assert response.read().endswith(b"data: [DONE]\n\n")
     connection.close()
+
+
+@pytest.mark.parametrize("num_choices", [1, 3])
+def test_a_request_that_was_accepted_is_served_whole(
+    serve: Serve, background: ThreadPoolExecutor, story: str, num_choices: int
+) -> None:
+    server = serve()
+    server.brake.hold()
+    body = {"prompt": [story[:7], story[:9]], "n": num_choices, "max_tokens": 5}
+    answer = background.submit(server.call, "POST", "/v1/completions", body)
+    assert server.brake.is_holding.wait(60)
+    ending = background.submit(server.stop)
+    server.wait_until(lambda: not server.app.state.serving.engine.is_alive)
+    server.brake.release()
+    texts = [choice["text"] for choice in answer.result().json()["choices"]]
+    assert texts == [story[7:12]] * num_choices + [story[9:14]] * num_choices
+    ending.result()

@@ -18,13 +18,16 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from headway.core.errors import ConfigError, DuplicateRequest, InternalError, UnknownRequest
 
-__all__ = ["BlockManager", "BlockStatistics", "hash_block"]
+__all__ = ["BlockManager", "BlockStatistics", "TableId", "hash_block"]
 
 _DIGEST_BYTES = 16
+
+#: What a block table goes by.
+TableId: TypeAlias = str | tuple[str, int]
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int], salt: int = 0) -> bytes:
@@ -79,7 +82,7 @@ class BlockManager:
         #: Whether full blocks stay findable.
         self.enable_prefix_caching = enable_prefix_caching
         #: request id → its block table: a block's tokens start at index · block_size.
-        self.tables: dict[str, list[int]] = {}
+        self.tables: dict[TableId, list[int]] = {}
         #: block → number of tables it is in; 0 for free and cached blocks.
         self.ref_counts: list[int] = [0] * num_blocks
         #: block → the hash it is findable by; None if it is not.
@@ -120,7 +123,7 @@ class BlockManager:
 
     # ------------------------------------------------------------------ tables
 
-    def allocate(self, request_id: str, num_blocks: int = 0) -> list[int]:
+    def allocate(self, request_id: TableId, num_blocks: int = 0) -> list[int]:
         """Open a table with ``num_blocks`` fresh blocks.
 
         Raises:
@@ -133,7 +136,7 @@ class BlockManager:
         table = self.tables[request_id] = [self._take() for _ in range(num_blocks)]
         return table
 
-    def append(self, request_id: str, num_blocks: int = 1) -> list[int]:
+    def append(self, request_id: TableId, num_blocks: int = 1) -> list[int]:
         """Add fresh blocks to the end of a table; returns the table.
 
         Raises:
@@ -146,6 +149,15 @@ class BlockManager:
             table.append(self._take())
         return table
 
+    def append_one(self, request_id: TableId) -> int:
+        """Add a fresh block to the end of a table; returns the block. One must be available."""
+        if not self._free:
+            self.evict()
+        block = self._free.pop()
+        self.ref_counts[block] = 1
+        self.tables[request_id].append(block)
+        return block
+
     def touch(self, blocks: Iterable[int]) -> None:
         """Reference found blocks, so that they cannot be reused; undone by ``release``."""
         for block in blocks:
@@ -153,14 +165,14 @@ class BlockManager:
                 del self._cached[block]
             self.ref_counts[block] += 1
 
-    def share(self, request_id: str, blocks: Sequence[int]) -> None:
+    def share(self, request_id: TableId, blocks: Sequence[int]) -> None:
         """Add blocks that ``touch`` has referenced to the end of a table."""
         self._table(request_id).extend(blocks)
 
     def release(self, blocks: Iterable[int]) -> None:
         """Give up one reference to each block, in the order given.
 
-        One that nobody else references becomes cached if it is findable, else free. Cached
+        A block that no other table references becomes cached if it is findable, else free. Cached
         blocks are reused in the order they were released, so a table is released from its
         end: a prefix is of use without its continuation, not the other way round.
         """
@@ -173,7 +185,7 @@ class BlockManager:
                 else:
                     self._cached[block] = None
 
-    def trim(self, request_id: str, num_kept: int) -> list[int]:
+    def trim(self, request_id: TableId, num_kept: int) -> list[int]:
         """Cut a table to its first ``num_kept`` blocks; returns the blocks cut off.
 
         Raises:
@@ -185,7 +197,7 @@ class BlockManager:
         self.release(reversed(cut))
         return cut
 
-    def free(self, request_id: str) -> None:
+    def free(self, request_id: TableId) -> None:
         """Close a table. Its full blocks stay findable until they are reused.
 
         Raises:
@@ -196,10 +208,10 @@ class BlockManager:
 
     # ------------------------------------------------------------------ copy-on-write
 
-    def fork(self, parent_id: str, child_id: str) -> list[int]:
+    def fork(self, parent_id: TableId, child_id: TableId) -> list[int]:
         """Open a table for ``child_id`` that shares every block of the parent's.
 
-        Whoever of the two then writes into a shared block calls ``copy_on_write`` first.
+        Before either writes into a shared block, it calls ``copy_on_write``.
 
         Raises:
             UnknownRequest: the parent has no table.
@@ -211,7 +223,7 @@ class BlockManager:
         child.extend(parent)
         return child
 
-    def copy_on_write(self, request_id: str, index: int) -> tuple[int, int] | None:
+    def copy_on_write(self, request_id: TableId, index: int) -> tuple[int, int] | None:
         """Make the block at ``index`` of a table safe to write.
 
         Returns:
@@ -277,7 +289,7 @@ class BlockManager:
 
     # ------------------------------------------------------------------ internals
 
-    def _table(self, request_id: str) -> list[int]:
+    def _table(self, request_id: TableId) -> list[int]:
         try:
             return self.tables[request_id]
         except KeyError:

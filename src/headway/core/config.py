@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 from headway.core.errors import ConfigError
 from headway.core.policy import DeadlinePolicy, SchedulingPolicy, make_policy
-from headway.core.slo import HEADROOM, SLO, SLOTable
+from headway.core.sharing_rules import SharingRules
+from headway.core.slo import SLO, SLOTable
 
-__all__ = ["TTFT_SHARE", "PreemptionMode", "SchedulerConfig"]
-
-#: Two steps must fit into a TTFT target, and something must be left for the way in and out.
-TTFT_SHARE = HEADROOM * 0.4
+__all__ = ["PreemptionMode", "SchedulerConfig"]
 
 
 class PreemptionMode(Enum):
-    """How those who are outranked may be made to yield.
+    """How outranked requests may be made to yield.
 
     Slots and step time are always taken by pausing: the victim sits the step out and keeps its
     blocks. The modes differ in what happens when *blocks* are short.
     """
 
-    #: A waiting request takes no slot and no block from anybody (as in vLLM); one that runs
+    # Members are compared by identity; the hash that enumerations come with is a Python function.
+    __hash__ = object.__hash__
+
+    #: A waiting request takes no slot and no block from any (as in vLLM); one that runs
     #: and cannot grow takes the last-ranked one's blocks, which recomputes.
     NONE = "none"
     #: A waiting request takes slots, never blocks; growing as in ``NONE``.
     PAUSE = "pause"
-    #: As many blocks as are needed, from the victim's end; it recomputes those.
+    #: As many blocks as are needed, from the victim's end; the victim recomputes them.
     TAIL = "tail"
     #: All of the victim's blocks, copied to the swap space (recomputed where that is full).
     SWAP = "swap"
@@ -36,6 +38,11 @@ class PreemptionMode(Enum):
     RECOMPUTE = "recompute"
     #: As many blocks as are needed, swapped or recomputed: what the cost model says is cheaper.
     AUTO = "auto"
+
+    @property
+    def lets_waiting_take_blocks(self) -> bool:
+        """Whether a waiting request gets blocks of residents that it may displace."""
+        return self not in (PreemptionMode.NONE, PreemptionMode.PAUSE)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class SchedulerConfig:
             same positions. False recomputes faster and shares more.
         max_step_ms: no step is predicted to take longer; None = no bound.
         slos: targets of classes of requests, which bound the steps they are in.
+        sharing: what less urgent work gets beside more urgent work.
         eos_token_ids: the model's end tokens.
 
     Raises:
@@ -77,6 +85,7 @@ class SchedulerConfig:
     deterministic: bool = True
     max_step_ms: float | None = None
     slos: tuple[SLO, ...] = ()
+    sharing: SharingRules = field(default_factory=SharingRules)
     eos_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
@@ -99,31 +108,40 @@ class SchedulerConfig:
         try:
             mode = PreemptionMode(self.preemption_mode)
         except ValueError:
-            names = ", ".join(one.value for one in PreemptionMode)
+            names = ", ".join(mode.value for mode in PreemptionMode)
             raise ConfigError(
                 f"preemption_mode is {self.preemption_mode!r}, must be one of {names}"
             ) from None
         object.__setattr__(self, "preemption_mode", mode)
-        slo_table = SLOTable(self.slos)
+        slo_table = SLOTable(self.slos, self.max_step_ms)
         object.__setattr__(self, "slos", slo_table.slos)
         policy = make_policy(self.policy)
         if self.policy == DeadlinePolicy.name:
             policy = DeadlinePolicy(slos=slo_table)
         object.__setattr__(self, "policy", policy)
 
+    @cached_property
+    def slo_table(self) -> SLOTable:
+        """The classes, and what their targets mean for the time of a step."""
+        return SLOTable(self.slos, self.max_step_ms)
+
     @property
     def step_limit_ms(self) -> float:
-        """What no step may be predicted to take; infinite = no bound.
+        """What no step may be predicted to take; infinite = no bound."""
+        return self.slo_table.step_limit_ms
 
-        Whoever arrives with a TTFT target waits for the step in flight and is computed in the
-        next: a step may take ``TTFT_SHARE`` of the tightest target, whoever is in it.
-        """
-        limit = math.inf if self.max_step_ms is None else self.max_step_ms
-        ttfts = [slo.ttft_ms for slo in self.slos if slo.ttft_ms is not None]
-        return min(limit, TTFT_SHARE * min(ttfts, default=math.inf))
+    @cached_property
+    def is_timed(self) -> bool:
+        """Whether steps are bounded in time at all."""
+        return bool(self.slos) or self.step_limit_ms < math.inf or self.sharing.is_timed
 
-    @property
+    @cached_property
     def max_request_tokens(self) -> int:
         """The longest a request may get: the context, and what the whole pool holds."""
         pool = self.num_blocks * self.block_size
         return pool if self.max_model_len is None else min(pool, self.max_model_len)
+
+    @cached_property
+    def max_num_choices(self) -> int:
+        """The most choices that a request may have: they are in a step together."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)

@@ -14,7 +14,7 @@
     │   ├── DamagedModel          not a whole GGUF file
     │   └── ModelDownloadFailed   could not be obtained
     ├── Overloaded                nobody's: too much work; try again after ``retry_after`` seconds
-    │   ├── QueueFull             there is no room, or somebody more urgent has taken it
+    │   ├── QueueFull             there is no room, or a more urgent request has taken it
     │   └── QueueTimeout          it has waited for its first step longer than it may
     ├── SlowReader                the reader's: too much output waits for it
     ├── EngineStopped             the engine was closed, or its step loop died

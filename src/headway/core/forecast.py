@@ -1,94 +1,109 @@
-"""When will it be whose turn: what a client that waits, or is turned away, is told.
+"""When a request will have its turn: what a client that waits, or is turned away, is told.
 
-The unfinished requests are laid onto the slots in order of rank, each for as long as the cost model
-expects it to take (list scheduling: Graham, "Bounds on Multiprocessing Timing Anomalies", 1969).
+Estimates from values only, so that they can be made anywhere: as things stand, no more urgent
+request arrives, and none leaves early.
 """
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import math
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from headway.core.cost_model import StepFeatures
-from headway.core.request import Request, RequestStatus
-from headway.core.scheduler import PriorityScheduler
+from headway.core.cost_model import Coefficients
 
-__all__ = ["Forecast"]
-
-_KEY = attrgetter("key")
+__all__ = ["Forecast", "Work"]
 
 
-class Forecast:
-    """Expected waits, as things stand: nobody more urgent arrives, and nobody leaves early."""
+class Work(NamedTuple):
+    """What is left to do for a request.
 
-    #: Weight of the latest request in what requests generate of what they may.
-    _LEARNING_RATE = 0.05
+    Attributes:
+        prefill_tokens: prompt tokens that are not computed.
+        output_tokens: tokens that it may generate yet, of each choice.
+        context_tokens: tokens that its next one attends to.
+        num_rows: sequences that generate them.
+    """
 
-    def __init__(self, scheduler: PriorityScheduler) -> None:
-        self._scheduler = scheduler
-        #: Of ``max_tokens``, what a request is expected to generate.
-        self.output_fraction = 1.0
+    prefill_tokens: int
+    output_tokens: int
+    context_tokens: int
+    num_rows: int = 1
 
-    def observe_finished(self, request: Request) -> None:
-        """Learn from a request that has ended by itself (moving average)."""
-        fraction = request.num_output_tokens / request.max_tokens
-        self.output_fraction += self._LEARNING_RATE * (fraction - self.output_fraction)
 
-    def waits_ms(self) -> list[tuple[Request, float]]:
-        """Every unfinished request, by rank, and the time until it is in a step. O(n log n)."""
-        ranked = sorted(self._scheduler.requests.values(), key=_KEY)
-        free = [0.0] * self._num_slots(ranked)
-        interval_ms = self._interval_ms(ranked[: len(free)])
-        waits = []
-        prefilled_ms = 0.0
-        for request in ranked:
-            prefill_ms = self._prefill_ms(request)
-            start = heapq.heappop(free)
-            if prefill_ms:
-                start = max(start, prefilled_ms)
-                prefilled_ms = start + prefill_ms
-            busy_ms = prefill_ms + self._remaining_tokens(request) * interval_ms
-            heapq.heappush(free, start + busy_ms)
-            waits.append((request, 0.0 if request.status is RequestStatus.RUNNING else start))
-        return waits
+class Forecast(NamedTuple):
+    """What the engine expects of its own speed.
 
-    def next_slot_ms(self, count: int = 1) -> float:
-        """Time until ``count`` of those who are resident have made room. O(residents · log)."""
-        resident = self._scheduler.resident
-        if not resident:
-            return 0.0
-        interval_ms = self._interval_ms(resident)
-        ends = sorted(
-            self._prefill_ms(request) + self._remaining_tokens(request) * interval_ms
-            for request in resident
-        )
-        rounds, index = divmod(count - 1, len(ends))
-        return rounds * ends[-1] + ends[index]
+    Attributes:
+        coefficients: what steps cost.
+        step_limit_ms: what no step may take; infinite = no bound.
+        max_num_seqs: sequences that are served at once, at most.
+        num_pool_tokens: tokens that the KV pool holds.
+        output_fraction: of the tokens that it may generate, what a request is expected to.
+    """
 
-    def _num_slots(self, requests: Sequence[Request]) -> int:
+    coefficients: Coefficients
+    step_limit_ms: float
+    max_num_seqs: int
+    num_pool_tokens: int
+    output_fraction: float = 1.0
+
+    def slots_ms(self, residents: Iterable[Work]) -> Iterator[float]:
+        """Times until one, two, three … of the residents have made room; there is no last.
+
+        O(residents · log residents) when the first is asked for; O(1) for each after it.
+        """
+        works = list(residents)
+        interval_ms = self._interval_ms(works)
+        ends = sorted(self._busy_ms(work, interval_ms) for work in works) or [0.0]
+        for num_rounds in itertools.count():
+            for end in ends:
+                yield num_rounds * ends[-1] + end
+
+    def waits_ms(self, ranked: Sequence[Work]) -> list[float]:
+        """For each request, the time until it is in a step, if it is not in one. O(requests).
+
+        A fluid estimate: the work ahead of it, divided by the requests that are served at once;
+        and no less than the prompts ahead take, which are computed one after the other.
+        """
+        num_slots = self._num_slots(ranked)
+        interval_ms = self._interval_ms(ranked[:num_slots])
+        waits_ms = []
+        prefill_ms = busy_ms = 0.0
+        for rank, work in enumerate(ranked):
+            has_slot = rank < num_slots
+            waits_ms.append(prefill_ms if has_slot else max(prefill_ms, busy_ms / num_slots))
+            prefill_ms += work.prefill_tokens * self.coefficients.prefill_token
+            busy_ms += self._busy_ms(work, interval_ms)
+        return waits_ms
+
+    def wait_ms(self, ahead: Sequence[Work]) -> float:
+        """The same of one request, behind the others. O(others)."""
+        return self.waits_ms([*ahead, Work(0, 1, 1)])[-1]
+
+    def _num_slots(self, works: Sequence[Work]) -> int:
         """Requests that can be served at once: as many as there are slots, or blocks for."""
-        config = self._scheduler.config
-        longest = sum(request.token_limit for request in requests) or 1
-        fitting = config.num_blocks * config.block_size * len(requests) // longest
-        return max(1, min(config.max_num_seqs, fitting))
+        longest = sum(self._longest(work) for work in works) or 1
+        fitting = self.num_pool_tokens * len(works) // longest
+        rows = sum(work.num_rows for work in works) or 1
+        slots = self.max_num_seqs * max(1, len(works)) // rows
+        return max(1, min(slots, fitting))
 
-    def _interval_ms(self, requests: Sequence[Request]) -> float:
-        """Time between two tokens of a request while all of ``requests`` decode."""
-        model, limit_ms = self._scheduler.cost_model, self._scheduler.config.step_limit_ms
-        context = sum(request.num_tokens for request in requests)
-        step_ms = model.predict_ms(StepFeatures(0, len(requests), context))
-        fixed_ms = model.coefficients.step
-        if not fixed_ms < limit_ms < step_ms:
+    def _longest(self, work: Work) -> int:
+        return work.prefill_tokens + work.context_tokens + work.num_rows * work.output_tokens
+
+    def _interval_ms(self, works: Sequence[Work]) -> float:
+        """Time between two tokens of a request while all of them decode."""
+        costs, limit_ms = self.coefficients, self.step_limit_ms
+        rows = sum(work.num_rows for work in works)
+        context = sum(work.num_rows * work.context_tokens for work in works)
+        step_ms = costs.step + costs.decode_seq * rows + costs.context_token * context
+        if not costs.step < limit_ms < step_ms:
             return step_ms
         # They take turns: a step of the longest duration is shared by as many as fit.
-        return limit_ms * math.ceil((step_ms - fixed_ms) / (limit_ms - fixed_ms))
+        return limit_ms * math.ceil((step_ms - costs.step) / (limit_ms - costs.step))
 
-    def _prefill_ms(self, request: Request) -> float:
-        left = request.num_prompt_tokens - request.num_computed_tokens
-        return max(0, left) * self._scheduler.cost_model.coefficients.prefill_token
-
-    def _remaining_tokens(self, request: Request) -> float:
-        expected = request.max_tokens * self.output_fraction
-        return max(1.0, expected - request.num_output_tokens)
+    def _busy_ms(self, work: Work, interval_ms: float) -> float:
+        expected = max(1.0, work.output_tokens * self.output_fraction)
+        return work.prefill_tokens * self.coefficients.prefill_token + expected * interval_ms

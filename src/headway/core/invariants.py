@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
-from headway.core.request import RequestStatus
+from headway.core.request import Request, RequestStatus
 from headway.core.scheduler import PriorityScheduler
 from headway.core.scheduler_output import SchedulerOutput
+from headway.core.sequence import Sequence
 
 __all__ = ["InvariantViolation", "check", "check_output"]
 
@@ -25,7 +27,9 @@ def check(scheduler: PriorityScheduler) -> None:
         InvariantViolation: naming what does not hold.
     """
     _check_membership(scheduler)
-    _check_progress(scheduler)
+    _check_ranking(scheduler)
+    for request in scheduler.requests.values():
+        _check_progress(scheduler, request)
     _check_blocks(scheduler)
     _check_swap(scheduler)
 
@@ -45,53 +49,85 @@ def _check_membership(scheduler: PriorityScheduler) -> None:
         _require(request.status in _RESIDENT, f"{request} is resident")
     for request in waiting:
         _require(request.status in _WAITING, f"{request} is in the waiting heap")
-    keys = [request.key for request in resident]
-    _require(keys == sorted(keys), "residents are not sorted by key")
     if waiting:
         _require(
             scheduler.waiting_heap.peek().key == min(request.key for request in waiting),
             "the heap's root is not its smallest",
         )
+    table = scheduler.table
+    by_status = Counter(request.status for request in scheduler.requests.values())
+    _require(
+        all(count == by_status[status] for status, count in table.num_by_status.items()),
+        f"{table.num_by_status} are counted, there are {by_status}",
+    )
     queued = [request for request in waiting if request.status is RequestStatus.WAITING]
     queued_tokens = sum(request.num_prompt_tokens for request in queued)
     _require(
-        (scheduler.num_queued, scheduler.num_queued_tokens) == (len(queued), queued_tokens),
-        f"{scheduler.num_queued} requests of {scheduler.num_queued_tokens} tokens are counted as "
-        f"queued, {len(queued)} of {queued_tokens} are",
+        (table.num_queued, table.num_queued_tokens) == (len(queued), queued_tokens),
+        f"{table.num_queued} requests of {table.num_queued_tokens} tokens are counted as queued, "
+        f"{len(queued)} of {queued_tokens} are",
     )
-    running = len(scheduler.running_queue)
-    _require(running <= scheduler.config.max_num_seqs, f"{running} requests are running")
+    num_groups = sum(request.n > 1 for request in scheduler.requests.values())
+    _require(table.num_groups == num_groups, f"{num_groups} groups, {table.num_groups} counted")
 
 
-def _check_progress(scheduler: PriorityScheduler) -> None:
-    size = scheduler.config.block_size
-    for request in scheduler.requests.values():
-        held = len(request.block_table) if request.status in _RESIDENT else 0
-        computed = request.num_computed_tokens
-        _require(0 <= computed < request.num_tokens, f"{request}: computed out of range")
-        _require(computed <= held * size, f"{request}: computed beyond its {held} blocks")
-        _require(request.num_tokens < request.token_limit, f"{request}: should have finished")
-        _require(request.capacity <= held * size or not held, f"{request}: capacity not held")
-        if request.swap_table:
-            covered = (held + len(request.swap_table)) * size
-            _require(computed == held * size, f"{request}: a hole before its swapped blocks")
-            _require(computed < request.num_swapped_tokens <= covered, f"{request}: swapped tokens")
+def _check_ranking(scheduler: PriorityScheduler) -> None:
+    """Residents are sorted, and thresholds are what bisection takes them to be."""
+    keys = [request.key for request in scheduler.resident]
+    _require(keys == sorted(keys), "residents are not sorted by key")
+    ranked = sorted(scheduler.requests.values())
+    for request in ranked:
+        _require(request.threshold >= request.key, f"the threshold of {request} is below its key")
+        _require(request.displaces >= request.threshold, f"{request} may displace too many")
+    for request, follower in pairwise(ranked):
         _require(
-            (request.status is RequestStatus.SWAPPED) == (bool(request.swap_table) and not held),
-            f"{request}: status does not fit its swap table",
+            request.threshold <= follower.threshold,
+            f"thresholds must ascend with keys: {request} has a larger one than {follower}",
         )
+
+
+def _check_progress(scheduler: PriorityScheduler, request: Request) -> None:
+    size, is_resident = scheduler.config.block_size, request.status in _RESIDENT
+    _require(bool(request.live), f"{request} has no unfinished sequence")
+    _require(
+        request.live == [each for each in request.sequences if not each.is_finished],
+        f"{request}: its live sequences are others",
+    )
+    _require(len(request.sequences) in (1, request.n), f"{request} has forked in part")
+    held_by_any = any(sequence.block_table for sequence in request.live)
+    _require(is_resident == held_by_any, f"{request}: status does not fit its blocks")
+    for sequence in request.live:
+        held, computed = len(sequence.block_table), sequence.num_computed_tokens
+        _require(0 <= computed < sequence.num_tokens, f"{sequence}: computed out of range")
+        _require(computed <= held * size, f"{sequence}: computed beyond its {held} blocks")
+        _require(sequence.num_tokens < request.token_limit, f"{sequence}: should have finished")
+        _require(sequence.capacity <= held * size, f"{sequence}: capacity not held")
+        if sequence.swap_table:
+            covered = (held + len(sequence.swap_table)) * size
+            swapped = sequence.num_swapped_tokens
+            _require(computed == held * size, f"{sequence}: a hole before its swapped blocks")
+            _require(computed < swapped <= covered, f"{sequence}: swapped tokens")
+    is_swapped = any(sequence.swap_table for sequence in request.live) and not held_by_any
+    _require(
+        (request.status is RequestStatus.SWAPPED) == is_swapped,
+        f"{request}: status does not fit its swap tables",
+    )
+
+
+def _sequences(scheduler: PriorityScheduler) -> list[Sequence]:
+    return [each for request in scheduler.requests.values() for each in request.sequences]
 
 
 def _check_blocks(scheduler: PriorityScheduler) -> None:
     """free + held + cached = num_blocks, and reference counts match the tables."""
     manager = scheduler.block_manager
-    tables = {request.request_id: request.block_table for request in scheduler.resident}
-    _require(tables == manager.tables, "block tables differ from the residents'")
-    for request in scheduler.resident:
-        _require(
-            request.block_table is manager.tables[request.request_id],
-            f"{request}: its table is a copy",
-        )
+    tables = {
+        sequence.sequence_id: sequence.block_table
+        for sequence in _sequences(scheduler)
+        if sequence.block_table
+    }
+    kept = {table_id: tuple(table) for table_id, table in manager.tables.items()}
+    _require(tables == kept, "block tables differ from the residents'")
     counts = Counter(block for table in tables.values() for block in table)
     _require(
         all(manager.ref_counts[block] == counts[block] for block in range(manager.num_blocks)),
@@ -105,8 +141,8 @@ def _check_blocks(scheduler: PriorityScheduler) -> None:
 
 
 def _check_swap(scheduler: PriorityScheduler) -> None:
-    used = [slot for request in scheduler.requests.values() for slot in request.swap_table]
-    _require(len(set(used)) == len(used), "two requests share a swap slot")
+    used = [slot for sequence in _sequences(scheduler) for slot in sequence.swap_table]
+    _require(len(set(used)) == len(used), "two sequences share a swap slot")
     total = scheduler.config.num_swap_blocks
     _require(len(used) + scheduler.kv_cache.num_free_swap_slots == total, "a swap slot is lost")
 
@@ -115,29 +151,48 @@ def check_output(scheduler: PriorityScheduler, output: SchedulerOutput) -> None:
     """Check a step just scheduled, before ``update_from_output``. O(requests + blocks).
 
     Raises:
-        InvariantViolation: over a budget, out of rank order, into somebody else's block, no
-            progress, or a victim that outranks its beneficiary.
+        InvariantViolation: over a budget, out of rank order, into another sequence's block, a group
+            in part, no progress, or a victim that outranks its beneficiary.
     """
     check(scheduler)
-    config, counts = scheduler.config, output.num_scheduled_tokens
+    config, size = scheduler.config, scheduler.config.block_size
     _require(len(output) <= config.max_num_seqs, f"{len(output)} slots used")
-    _require(sum(counts) == output.num_batched_tokens, "num_batched_tokens is no sum")
     _require(output.num_batched_tokens <= config.max_num_batched_tokens, "over the token budget")
-    keys = [request.key for request in output]
-    _require(keys == sorted(keys), "the step is out of rank order")
-    _require(list(output) == scheduler.running_queue, "the step is not who is running")
+    ids = list(dict.fromkeys(row.request_id for row in output))
+    running = [request.request_id for request in scheduler.running_queue]
+    _require(ids == running, f"the step has {ids}, running are {running}")
+    by_place = {(row.request_id, row.index): row for row in output}
+    _require(len(by_place) == len(output), "a sequence has two rows")
+    for request_id in ids:
+        request = scheduler.requests[request_id]
+        indices = [row.index for row in output if row.request_id == request_id]
+        computes_prompt = len(indices) == 1 and request.leader.num_computed_tokens + len(
+            by_place[request_id, indices[0]].token_ids
+        ) <= max(request.num_prompt_tokens, request.leader.num_computed_tokens + 1)
+        _require(
+            indices == [each.index for each in request.live] or computes_prompt,
+            f"{request} is in the step in part: {indices}",
+        )
     written: set[int] = set()
-    for request, count in zip(output, counts, strict=True):
-        end = request.num_computed_tokens + count
-        _require(count >= 1 and end <= request.num_tokens, f"{request}: {count} scheduled")
-        _require(end <= request.capacity, f"{request}: {count} tokens have no blocks")
-        first = request.num_computed_tokens // config.block_size
-        last = (end - 1) // config.block_size
-        blocks = set(request.block_table[first : last + 1])
-        _require(not blocks & written, f"{request} writes a block that another writes")
+    for row in output:
+        sequence = scheduler.requests[row.request_id].sequences[row.index]
+        count = len(row.token_ids) + len(row.drafts)
+        end = row.start + count
+        _require(row.start == sequence.num_computed_tokens, f"{sequence}: row at {row.start}")
+        known = (*sequence.token_ids, *sequence.draft_token_ids)
+        _require(row.token_ids + row.drafts == known[row.start : end], f"{sequence}: other tokens")
+        _require(len(row.token_ids) >= 1, f"{sequence}: {count} scheduled")
+        _require(end <= sequence.capacity, f"{sequence}: {count} tokens have no blocks")
+        _require(row.block_table == sequence.block_table, f"{sequence}: another block table")
+        _require(
+            bool(row.seeds) == (row.start + len(row.token_ids) == sequence.num_tokens),
+            f"{sequence}: sampled at the wrong time",
+        )
+        blocks = set(row.block_table[row.start // size : (end - 1) // size + 1])
+        _require(not blocks & written, f"{sequence} writes a block that another writes")
         _require(
             all(scheduler.block_manager.ref_counts[block] == 1 for block in blocks),
-            f"{request} writes a shared block",
+            f"{sequence} writes a shared block",
         )
         written |= blocks
     _require(len(output) > 0 or not scheduler.requests, "work is left and the step does none")

@@ -9,12 +9,14 @@ every instant: the clock cancels out of the comparison.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from headway.core.errors import ConfigError
 from headway.core.ranking import Ranked
-from headway.core.request import Request
 from headway.core.slo import SLOTable
+
+if TYPE_CHECKING:
+    from headway.core.request import Request
 
 __all__ = [
     "NOBODY",
@@ -34,7 +36,7 @@ __all__ = [
 #: A rank: smaller goes first. The scheduler appends the order of arrival, so that all differ.
 Key = tuple[Any, ...]
 
-#: The threshold of a request that displaces nobody.
+#: The threshold of a request that displaces none.
 NOBODY: Key = (math.inf,)
 
 
@@ -59,7 +61,9 @@ class SchedulingPolicy(Protocol):
     """The seam for further policies (fairness, say): any object with these three.
 
     ``arrival_time`` of the request is set before either function is called. A policy may keep
-    state of its own, but must return the same key for the same request until it is re-ranked.
+    state of its own, but must return the same key for the same request until it is re-ranked. A
+    policy that also has ``serve(request, num_tokens)`` is told, after each step, how many tokens
+    were computed for each request in it.
     """
 
     #: The name it is chosen by.
@@ -70,9 +74,12 @@ class SchedulingPolicy(Protocol):
         ...
 
     def threshold(self, request: Request) -> Key:
-        """While waiting, ``request`` may displace exactly those whose key is above this.
+        """While waiting, ``request`` may displace exactly the requests whose key is above this.
 
-        Never below ``key(request)``: nobody displaces somebody more urgent.
+        Never below ``key(request)``: no request displaces a more urgent one. And thresholds must
+        ascend with keys: of two requests, the one that goes first must not have the larger
+        threshold, or the places of the requests that may be displaced could not be found by
+        bisection. ``headway.core.invariants`` checks both.
         """
         ...
 
@@ -82,11 +89,11 @@ def may_preempt(a: Ranked, b: Ranked) -> bool:
 
     The definition; the scheduler finds all such ``b`` at once, by bisection.
     """
-    return a.threshold < b.key
+    return a.displaces < b.key
 
 
 class FCFSPolicy:
-    """First come, first served; nobody displaces anybody. The baseline."""
+    """First come, first served; no request displaces another. The baseline."""
 
     name = "fcfs"
 
@@ -148,6 +155,9 @@ class DeadlinePolicy:
         default_target: seconds until the first token is due for a request without a target.
         margin: seconds by which a waiting request's deadline must be ahead before it
             displaces another; at least 0.
+
+    Raises:
+        ConfigError: a number of seconds is out of range.
     """
 
     name = "deadline"

@@ -102,7 +102,7 @@ class PriorityQueue(Generic[T]):
         The queue is left as it is, and must not change before the iterator has ended.
         """
         entries = self._entries
-        # Whoever comes next is a child of somebody who has come already (Frederickson, 1993).
+        # The next item is a child of an item that has come already (Frederickson, 1993).
         frontier = [(entries[0][0], 0)] if entries else []
         while frontier:
             position = heappop(frontier)[1]

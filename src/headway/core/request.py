@@ -1,27 +1,32 @@
-"""A request: what was asked, where it stands, and the only ways it may move.
+"""A request: what was asked, how it ranks, its sequences, and its life.
 
-The life of a request is a small graph (``TRANSITIONS``) and one method that walks it
-(``Request.transition``). Everything else in the scheduler asks ``status`` and never assigns it.
+A *request* is what a client asked; a *sequence* is one line of tokens with a block table. A request
+of ``n`` choices is a group of n sequences: it is ranked, admitted, preempted and ended as one. Its
+prompt is computed once, by the first sequence; with the first tokens, the others fork from it.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any, Final
 
-from headway.core.errors import InvalidRequest, InvalidTransition
-
-if TYPE_CHECKING:
-    from headway.core.slo import SLO
+from headway.core.errors import InvalidRequest
+from headway.core.life import Life, RequestStatus
+from headway.core.priority import MAX_PRIORITY, MIN_PRIORITY, check_priority
+from headway.core.sampling_params import SamplingParams, choice_seed
+from headway.core.scheduler_output import RowFacts
+from headway.core.sequence import Sequence
+from headway.core.slo import SLO
 
 __all__ = [
+    "MAX_CACHE_SALT",
     "MAX_PRIORITY",
     "MIN_PRIORITY",
-    "TRANSITIONS",
     "PriorityRequest",
     "Request",
     "RequestStatus",
@@ -29,160 +34,14 @@ __all__ = [
     "check_priority",
 ]
 
-#: Priorities are int64, as in vLLM's API; smaller is more urgent.
-MIN_PRIORITY, MAX_PRIORITY = -(2**63), 2**63 - 1
-
-_MAX_SEED = 2**64 - 1
-_MAX_PENALTY = 2.0
-_MAX_BIAS = 100.0
-_MAX_LOGPROBS = 20
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose a request's tokens, and when to stop; vLLM's names and meanings.
-
-    Attributes:
-        max_tokens: generate at most this many tokens; at least 1.
-        temperature: 0 chooses the likeliest token; larger flattens the distribution.
-        top_p: sample from the smallest set of likeliest tokens with this total probability.
-        top_k: sample from this many likeliest tokens; 0 or −1 means all.
-        seed: of the request's own random sequence; None lets the engine draw one. The token
-            drawn at a position depends on seed and position only, never on the load.
-        stop: texts that end the output; the matched text is not part of it.
-        stop_token_ids: tokens that end the output, beside the model's own end tokens.
-        ignore_eos: go on past the model's end tokens.
-        presence_penalty: taken off the logit of every token that the output has already;
-            −2 … 2, and below 0 it attracts.
-        frequency_penalty: the same for each time that the output has it.
-        logit_bias: added to the logits of these tokens; −100 … 100.
-        logprobs: with each generated token, report its log-probability and those of this many
-            likeliest tokens, 0 … 20; None reports none. They are the model's own: before
-            penalties, biases and temperature.
-        prompt_logprobs: the same for each token of the prompt, given those before it. The whole
-            prompt is then computed, whatever the prefix cache has.
-
-    Raises:
-        InvalidRequest: a value is out of range.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] = field(default_factory=frozenset)
-    ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    # Equal params have equal hashes without it, and mappings have none.
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    #: Whether the choice of a token takes more than knowing the likeliest one; derived.
-    needs_logits: bool = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not _is_int(self.max_tokens) or self.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {self.max_tokens!r}, must be at least 1")
-        if not _is_number(self.temperature) or not 0.0 <= self.temperature <= 100.0:
-            raise InvalidRequest(f"temperature is {self.temperature!r}, must be 0 … 100")
-        if not _is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
-            raise InvalidRequest(f"top_p is {self.top_p!r}, must be above 0 and at most 1")
-        if not _is_int(self.top_k) or self.top_k < -1:
-            raise InvalidRequest(f"top_k is {self.top_k!r}, must be −1, 0 (all) or positive")
-        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed <= _MAX_SEED):
-            raise InvalidRequest(f"seed is {self.seed!r}, must be 0 … 2**64 − 1")
-        try:
-            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-            are_texts = all(isinstance(text, str) and text for text in stop)
-        except TypeError:
-            are_texts = False
-        if not are_texts:
-            raise InvalidRequest(f"stop is {self.stop!r}, must be texts of at least one character")
-        try:
-            stop_token_ids = frozenset(self.stop_token_ids)
-        except TypeError:
-            raise InvalidRequest(
-                f"stop_token_ids is {self.stop_token_ids!r}, must be token ids"
-            ) from None
-        has_penalties = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        if has_penalties:
-            _check_penalty("presence_penalty", self.presence_penalty)
-            _check_penalty("frequency_penalty", self.frequency_penalty)
-        if self.logprobs is not None:
-            _check_logprobs("logprobs", self.logprobs)
-        if self.prompt_logprobs is not None:
-            _check_logprobs("prompt_logprobs", self.prompt_logprobs)
-        logit_bias = _checked_logit_bias(self.logit_bias)
-        needs_logits = (
-            (self.temperature > 0.0 and self.top_k != 1)
-            or has_penalties
-            or bool(logit_bias)
-            or self.logprobs is not None
-        )
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", stop_token_ids)
-        object.__setattr__(self, "logit_bias", logit_bias)
-        object.__setattr__(self, "needs_logits", needs_logits)
-
-
-class RequestStatus(Enum):
-    """Where a request stands. ``is_finished`` separates the two halves."""
-
-    #: Never scheduled; holds no blocks.
-    WAITING = "waiting"
-    #: In the step that was scheduled last.
-    RUNNING = "running"
-    #: Sat the last step out, or forked and not scheduled yet; its blocks are in the pool.
-    PAUSED = "paused"
-    #: Holds no blocks in the pool; its contents are in the swap space.
-    SWAPPED = "swapped"
-    #: Holds no blocks in the pool; what is not found in the prefix cache is recomputed.
-    PREEMPTED = "preempted"
-    FINISHED_STOPPED = "finished_stopped"
-    FINISHED_LENGTH_CAPPED = "finished_length_capped"
-    FINISHED_ABORTED = "finished_aborted"
-    FINISHED_TIMED_OUT = "finished_timed_out"
-    FINISHED_REJECTED = "finished_rejected"
-
-    is_finished: bool
-    finish_reason: str | None
-
-    def __init__(self, value: str) -> None:
-        self.is_finished = value.startswith("finished")
-        self.finish_reason = {
-            "finished_stopped": "stop",
-            "finished_length_capped": "length",
-            "finished_aborted": "abort",
-            "finished_timed_out": "timeout",
-            "finished_rejected": "rejected",
-        }.get(value)
-
-
-def _transitions() -> dict[RequestStatus, frozenset[RequestStatus]]:
-    status = RequestStatus
-    unfinished = {
-        status.WAITING: {status.RUNNING, status.PAUSED},  # PAUSED: forked from a running one
-        status.RUNNING: {status.PAUSED, status.SWAPPED, status.PREEMPTED},
-        status.PAUSED: {status.RUNNING, status.SWAPPED, status.PREEMPTED},
-        status.SWAPPED: {status.RUNNING, status.PREEMPTED},
-        status.PREEMPTED: {status.RUNNING},
-    }
-    finished = {one for one in status if one.is_finished}
-    table = {start: frozenset(ends | finished) for start, ends in unfinished.items()}
-    return table | dict.fromkeys(finished, frozenset())
-
-
-#: Every move that exists: from a status to those it may become.
-TRANSITIONS = _transitions()
+#: Characters of a ``cache_salt``.
+MAX_CACHE_SALT: Final = 256
 
 
 class Request:
     """One generation request and its progress; compares by rank, most urgent first.
 
-    The scheduler owns everything below "progress"; callers read it.
+    The scheduler owns everything below "how it ranks"; callers read it.
 
     Args:
         request_id: unique among unfinished requests.
@@ -192,59 +51,65 @@ class Request:
         max_tokens: shorthand for ``SamplingParams(max_tokens=…)``; not together with
             ``sampling_params``.
         prompt_token_ids: the prompt's tokens, where ``prompt`` is the text they came from.
+        n: choices: so many sequences continue the prompt, each with draws of its own.
         arrival_time: seconds on the scheduler's clock; None = when it is added.
         deadline: seconds on the same clock by which the first token is due; for the
             ``deadline`` policy.
+        tenant: whose it is; requests of different tenants find no blocks of each other's.
+        cache_salt: at most 256 characters; requests with different salts find no blocks of each
+            other's either.
+        cache_group: tenants of one group find each other's blocks; None = a group of the tenant's
+            own.
 
     Raises:
         InvalidRequest: an empty prompt or id, a token that is no id, a priority that is no int64,
-            ``max_tokens`` < 1, a time that is not finite.
+            ``max_tokens`` or ``n`` below 1, a time that is not finite, a salt that is too long.
     """
 
     __slots__ = (
+        "arrival_order",
         "arrival_time",
-        "block_hashes",
-        "block_table",
-        "capacity",
+        "cache_root",
         "deadline",
-        "finish_time",
-        "first_scheduled_time",
-        "first_token_time",
+        "displaces",
+        "first_step_ms",
+        "is_plain",
         "key",
         "last_step",
+        "life",
+        "live",
+        "n",
         "num_cached_tokens",
-        "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_recomputed_tokens",
-        "num_swapped_tokens",
-        "peak_computed_tokens",
         "priority",
         "prompt",
         "request_id",
         "sampling_params",
-        "sequence",
+        "sequences",
         "slo",
-        "status",
         "stop_token_ids",
-        "swap_table",
+        "tenant",
         "threshold",
-        "token_ids",
         "token_limit",
-        "transitions",
     )
 
     def __init__(
         self,
         request_id: str,
         priority: int = 0,
-        prompt: str | Sequence[int] = "",
+        prompt: str | Seq[int] = "",
         max_tokens: int | None = None,
         *,
-        prompt_token_ids: Sequence[int] | None = None,
+        prompt_token_ids: Seq[int] | None = None,
         sampling_params: SamplingParams | None = None,
+        n: int = 1,
         arrival_time: float | None = None,
         deadline: float | None = None,
+        tenant: str = "",
+        cache_salt: str = "",
+        cache_group: str | None = None,
     ) -> None:
         if not isinstance(request_id, str) or not request_id:
             raise InvalidRequest(f"request_id is {request_id!r}, must be a non-empty string")
@@ -255,6 +120,13 @@ class Request:
             )
         elif max_tokens is not None:
             raise InvalidRequest("give max_tokens or sampling_params, not both")
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise InvalidRequest(f"n of request {request_id!r} is {n!r}, must be at least 1")
+        if len(cache_salt) > MAX_CACHE_SALT:
+            raise InvalidRequest(
+                f"cache_salt of request {request_id!r} has {len(cache_salt)} characters, "
+                f"may have at most {MAX_CACHE_SALT}"
+            )
         if prompt_token_ids is None:
             if isinstance(prompt, str):
                 prompt_token_ids = prompt.encode(errors="surrogatepass")
@@ -262,119 +134,287 @@ class Request:
                 prompt_token_ids = prompt
         token_ids = _checked_token_ids(request_id, prompt_token_ids)
         for name, seconds in (("arrival_time", arrival_time), ("deadline", deadline)):
-            if seconds is not None and not (_is_number(seconds) and math.isfinite(seconds)):
+            if seconds is not None and not (
+                isinstance(seconds, (int, float))
+                and not isinstance(seconds, bool)
+                and math.isfinite(seconds)
+            ):
                 raise InvalidRequest(
                     f"{name} of request {request_id!r} is {seconds!r}, must be finite seconds"
                 )
 
+        # What was asked. Only the priority may change, and a seed may be drawn.
         self.request_id = request_id
-        #: Smaller is more urgent. Changed through ``PriorityScheduler.set_priority`` only.
+        #: Smaller is more urgent. Changed by ``PriorityScheduler.set_priority`` only.
         self.priority = priority
+        #: The prompt's text, if it came as text.
         self.prompt = prompt if isinstance(prompt, str) else None
+        self.num_prompt_tokens = len(token_ids)
         self.sampling_params = sampling_params
+        #: Choices.
+        self.n = n
         self.arrival_time = arrival_time
         self.deadline = deadline
+        #: Whose it is; empty = no tenant's in particular.
+        self.tenant = tenant
+        #: What the hashes of its blocks begin with: requests share blocks only if it is equal.
+        self.cache_root = _cache_root(tenant, cache_group, cache_salt)
 
-        #: The prompt's tokens, then the generated ones.
-        self.token_ids: list[int] = token_ids
-        self.num_prompt_tokens = len(token_ids)
-        #: ``num_tokens`` at which the output is as long as it may get; set when it is added.
-        self.token_limit = len(token_ids) + sampling_params.max_tokens
-        #: Tokens that end the output; set when it is added.
-        self.stop_token_ids: frozenset[int] = sampling_params.stop_token_ids
-
-        # Rank.
+        # How it ranks; set when it is added, and when its priority changes.
         #: Order of arrival at the scheduler; makes keys unique. −1 until added.
-        self.sequence = -1
-        #: The rank; smaller goes first. Set by the policy when the request is added.
+        self.arrival_order = -1
+        #: The rank; smaller goes first.
         self.key: tuple[Any, ...] = (priority,)
-        #: A waiting request may displace exactly the requests whose key is above this.
+        #: It outranks, by enough to displace them, exactly the requests whose key is above this.
         self.threshold: tuple[Any, ...] = (priority,)
-        #: What its class has been promised; set when it is added.
+        #: While it waits, it may displace exactly the requests with keys above this: its threshold,
+        #: unless the preemption mode lets no waiting request displace any.
+        self.displaces: tuple[Any, ...] = (priority,)
+        #: What its class has been promised.
         self.slo: SLO | None = None
+        #: What the step may take that computes its first token (ms); infinite = no bound.
+        self.first_step_ms = math.inf
 
-        # Progress.
-        self.status = RequestStatus.WAITING
-        #: Every status change as (seconds, new status), oldest first.
-        self.transitions: list[tuple[float, RequestStatus]] = []
-        #: Tokens whose keys and values are in the pool: 0 ≤ it < num_tokens.
-        self.num_computed_tokens = 0
-        #: The most it ever was; below it, computing is recomputing.
-        self.peak_computed_tokens = 0
+        # Its sequences.
+        #: The choices, by index; the first alone until the prompt has been computed.
+        self.sequences: list[Sequence] = [Sequence(self, 0, token_ids)]
+        #: Those that are unfinished; the first of them is the leader.
+        self.live: list[Sequence] = self.sequences.copy()
+        #: ``num_tokens`` at which the output of a sequence is as long as it may get.
+        self.token_limit = len(token_ids) + sampling_params.max_tokens
+        #: Tokens that end the output.
+        self.stop_token_ids: frozenset[int] = sampling_params.stop_token_ids
+        #: Whether rows of single tokens need nothing but the token (see ``decode_row``).
+        self.is_plain = False
+
+        # Its life.
+        #: Its status, and when it changed.
+        self.life = Life()
         #: Of the prompt, the tokens that the prefix cache held at the first admission.
         self.num_cached_tokens = 0
         self.num_recomputed_tokens = 0
         #: How often its blocks were taken, whole or in part (pauses are not counted).
         self.num_preemptions = 0
-        #: Pool blocks, in order of position; the block manager's own list.
-        self.block_table: list[int] = []
-        #: Tokens that may be written into ``block_table`` without asking for a block.
-        self.capacity = 0
-        #: Chained hashes of the full blocks of ``token_ids``, as far as computed.
-        self.block_hashes: list[bytes] = []
         #: The last step it was in, counted by the scheduler while step time is bounded.
         self.last_step = -1
-        #: Swap slots of the blocks that follow ``block_table``, in order of position.
-        self.swap_table: list[int] = []
-        #: ``num_computed_tokens`` once ``swap_table`` is back in the pool.
-        self.num_swapped_tokens = 0
-        self.first_scheduled_time: float | None = None
-        self.first_token_time: float | None = None
-        self.finish_time: float | None = None
+
+    @classmethod
+    def resume(
+        cls,
+        request_id: str,
+        priority: int = 0,
+        prompt: str | Seq[int] = "",
+        *,
+        outputs: Mapping[int, Seq[int]],
+        sampling_params: SamplingParams,
+        **others: Any,
+    ) -> Request:
+        """A request that has begun elsewhere and goes on here as if it had never moved.
+
+        It computes its tokens again, and continues each choice with the draws that this would have
+        had there.
+
+        Args:
+            request_id, priority, prompt: as of a new request.
+            outputs: the tokens that each unfinished choice has so far, by index; choices that
+                have ended are left out. With no tokens at all the request is as a new one.
+            sampling_params: those that it began with; where it draws, with their seed.
+            others: as of a new request.
+
+        Raises:
+            InvalidRequest: as for a new request; an output is as long as ``max_tokens``; no choice
+                is left; an index is not below ``n``; or the seed is missing.
+        """
+        request = cls(request_id, priority, prompt, sampling_params=sampling_params, **others)
+        request._take_outputs(outputs)
+        return request
+
+    def _take_outputs(self, outputs: Mapping[int, Seq[int]]) -> None:
+        max_tokens = self.max_tokens
+        if not any(outputs.values()) and len(outputs) == self.n:
+            return
+        if not outputs or not all(0 <= index < self.n for index in outputs):
+            raise InvalidRequest(
+                f"request {self.request_id!r} resumes the choices {sorted(outputs)}, must be one "
+                f"or more of 0 … {self.n - 1}"
+            )
+        if self.sampling_params.temperature > 0 and self.sampling_params.seed is None:
+            raise InvalidRequest(f"request {self.request_id!r} resumes without its seed")
+        prompt_token_ids = self.sequences[0].token_ids
+        self.live = []
+        for index, output in sorted(outputs.items()):
+            if not 0 < len(output) < max_tokens:
+                raise InvalidRequest(
+                    f"choice {index} of request {self.request_id!r} resumes with {len(output)} "
+                    f"tokens, must be 1 … {max_tokens - 1} (max_tokens is {max_tokens})"
+                )
+            tokens = prompt_token_ids + _checked_token_ids(self.request_id, output)
+            self.live.append(Sequence(self, index, tokens))
+        by_index = {sequence.index: sequence for sequence in self.live}
+        self.sequences = []
+        for index in range(self.n):
+            sequence = by_index.get(index)
+            if sequence is None:
+                sequence = Sequence(self, index, prompt_token_ids.copy())
+                sequence.finish_status = RequestStatus.FINISHED_STOPPED
+            self.sequences.append(sequence)
+
+    # ------------------------------------------------------------------ reading
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and generated tokens so far."""
-        return len(self.token_ids)
+    def status(self) -> RequestStatus:
+        """Where it stands."""
+        return self.life.status
 
     @property
-    def num_output_tokens(self) -> int:
-        """Generated tokens so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        """The prompt's tokens, a copy."""
-        return self.token_ids[: self.num_prompt_tokens]
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        """The generated tokens, a copy."""
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens it may generate."""
-        return self.sampling_params.max_tokens
+    def is_running(self) -> bool:
+        """Whether it is in the step that was scheduled last."""
+        return self.life.status is RequestStatus.RUNNING
 
     @property
     def is_finished(self) -> bool:
         """Whether it has ended, in whichever way."""
-        return self.status.is_finished
+        return self.life.status.is_finished
 
-    def transition(self, status: RequestStatus, now: float) -> None:
-        """Move to ``status`` at time ``now`` (seconds).
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that each choice may have."""
+        return self.sampling_params.max_tokens
 
-        Raises:
-            InvalidTransition: the table has no such move; the message holds the history.
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt's tokens, a copy."""
+        return self.sequences[0].token_ids[: self.num_prompt_tokens]
+
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether no token has been generated."""
+        return len(self.leader.token_ids) == self.num_prompt_tokens
+
+    @property
+    def leader(self) -> Sequence:
+        """The first unfinished sequence, or the first of all: the one that computes the prompt."""
+        return self.live[0] if self.live else self.sequences[0]
+
+    @property
+    def num_rows(self) -> int:
+        """The slots that it takes in a step once its prompt has been computed."""
+        return len(self.live) if len(self.sequences) == self.n else self.n
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether an unfinished sequence of it has blocks in the pool."""
+        return any(sequence.block_table for sequence in self.live)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens so far, of all choices."""
+        return sum(len(each.token_ids) for each in self.sequences) - self.num_prompt_tokens * len(
+            self.sequences
+        )
+
+    # The first sequence's, for requests of one choice.
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The first sequence's tokens."""
+        return self.sequences[0].token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens of the first sequence."""
+        return len(self.sequences[0].token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The first sequence's generated tokens, a copy."""
+        return self.sequences[0].output_token_ids
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """The leader's tokens whose keys and values are in the pool."""
+        return self.leader.num_computed_tokens
+
+    @property
+    def block_table(self) -> tuple[int, ...]:
+        """The leader's blocks, in order of position."""
+        return self.leader.block_table
+
+    @property
+    def arrival(self) -> float:
+        """When it arrived; for requests that have been added."""
+        assert self.arrival_time is not None
+        return self.arrival_time
+
+    @property
+    def first_token_time(self) -> float | None:
+        """When the step ended that sampled its first token."""
+        return self.life.first_token_time
+
+    @property
+    def finish_time(self) -> float | None:
+        """When it ended."""
+        return self.life.finish_time
+
+    # ------------------------------------------------------------------ the scheduler's
+
+    def begin(self, token_limit: int, eos_token_ids: frozenset[int]) -> None:
+        """The request is added to a scheduler: its limits and seeds are settled.
+
+        Args:
+            token_limit: the longest that each of its sequences may get.
+            eos_token_ids: the model's end tokens.
         """
-        if status not in TRANSITIONS[self.status]:
-            history = " → ".join(f"{one.value}@{time:.3f}" for time, one in self.transitions[-20:])
-            raise InvalidTransition(
-                f"request {self.request_id!r} cannot go from {self.status.value} to "
-                f"{status.value} (history: {history or 'none'})"
-            )
-        self.status = status
-        self.transitions.append((now, status))
+        params = self.sampling_params
+        self.token_limit = token_limit
+        if params.ignore_eos:
+            self.stop_token_ids = params.stop_token_ids
+        elif params.stop_token_ids:
+            self.stop_token_ids = params.stop_token_ids | eos_token_ids
+        else:
+            self.stop_token_ids = eos_token_ids
+        for sequence in self.sequences:
+            self._settle(sequence)
+        self.is_plain = self.n == 1 and not params.needs_history and not params.min_tokens
+
+    def _settle(self, sequence: Sequence) -> None:
+        index, params = sequence.index, self.sampling_params
+        seeds = (self.seed_of(index),)
+        sequence.facts = RowFacts(self.request_id, index, self.num_prompt_tokens, params, seeds)
+        sequence.stop_token_ids = self.stop_token_ids
+        sequence.num_logit_rows = int(self.sampling_params.needs_logits)
+
+    def fork(self, token_id: int) -> Sequence:
+        """The next choice, which continues the prompt with ``token_id``."""
+        token_ids = self.sequences[0].token_ids[: self.num_prompt_tokens]
+        sequence = Sequence(self, len(self.sequences), token_ids)
+        self._settle(sequence)
+        sequence.token_ids.append(token_id)
+        self.sequences.append(sequence)
+        self.live.append(sequence)
+        return sequence
+
+    def draw_seed(self, seed: int) -> None:
+        """Take ``seed`` if it draws and has none; before it is added."""
+        params = self.sampling_params
+        if params.seed is None and params.temperature > 0:
+            self.sampling_params = replace(params, seed=seed)
+
+    def seed_of(self, index: int) -> int | None:
+        """The seed of the choice ``index``; None for a request that does not draw."""
+        seed = self.sampling_params.seed
+        return None if seed is None else choice_seed(seed, index)
 
     def __lt__(self, other: Request) -> bool:
         return self.key < other.key
 
     def __repr__(self) -> str:
+        leader = self.leader
+        choices = f", n={self.n}" if self.n > 1 else ""
         return (
             f"Request({self.request_id!r}, priority={self.priority}, {self.status.value}, "
-            f"tokens={self.num_prompt_tokens}+{self.num_output_tokens}/{self.max_tokens}, "
-            f"computed={self.num_computed_tokens})"
+            f"tokens={self.num_prompt_tokens}+{leader.num_output_tokens}/{self.max_tokens}, "
+            f"computed={leader.num_computed_tokens}{choices})"
         )
 
 
@@ -382,25 +422,20 @@ class Request:
 PriorityRequest = Request
 
 
-def check_priority(request_id: str, priority: object) -> None:
-    """Refuse a priority that is no int64.
+def _cache_root(tenant: str, group: str | None, salt: str) -> bytes:
+    """Empty for requests of no tenant without a salt, whose blocks hash as their tokens alone.
 
-    Raises:
-        InvalidRequest: naming the request, the value and the range.
+    A tenant's own group is apart from a group of the same name, or the tenant would belong to it.
     """
-    if (
-        not isinstance(priority, int)
-        or isinstance(priority, bool)
-        or not (MIN_PRIORITY <= priority <= MAX_PRIORITY)
-    ):
-        raise InvalidRequest(
-            f"priority of request {request_id!r} is {priority!r}, must be an int64 "
-            f"({MIN_PRIORITY} … {MAX_PRIORITY})"
-        )
+    if not tenant and group is None and not salt:
+        return b""
+    kind, name = ("tenant", tenant) if group is None else ("group", group)
+    content = f"{kind}:{len(name)}:{name}{salt}".encode(errors="surrogatepass")
+    return blake2b(content, digest_size=16).digest()
 
 
-def _checked_token_ids(request_id: str, prompt: Sequence[int]) -> list[int]:
-    """A copy of the prompt's tokens; they must be what blocks are hashed from. O(tokens)."""
+def _checked_token_ids(request_id: str, prompt: Seq[int]) -> list[int]:
+    """A copy of the tokens; they must be what blocks are hashed from. O(tokens)."""
     try:
         token_ids = list(prompt)
         smallest = min(array("q", token_ids), default=None)
@@ -413,35 +448,3 @@ def _checked_token_ids(request_id: str, prompt: Sequence[int]) -> list[int]:
             f"prompt of request {request_id!r} must be a text or token ids of 0 … 2**63 − 1"
         )
     return token_ids
-
-
-def _check_penalty(name: str, penalty: float) -> None:
-    if not _is_number(penalty) or not -_MAX_PENALTY <= penalty <= _MAX_PENALTY:
-        raise InvalidRequest(f"{name} is {penalty!r}, must be −2 … 2")
-
-
-def _check_logprobs(name: str, count: int) -> None:
-    if not _is_int(count) or not 0 <= count <= _MAX_LOGPROBS:
-        raise InvalidRequest(f"{name} is {count!r}, must be 0 … {_MAX_LOGPROBS}")
-
-
-def _checked_logit_bias(logit_bias: Mapping[int, float]) -> dict[int, float]:
-    """A copy that nobody else has. O(tokens)."""
-    if not isinstance(logit_bias, Mapping):
-        raise InvalidRequest(
-            f"logit_bias is of type {type(logit_bias).__name__}, must map token ids to numbers"
-        )
-    for token_id, bias in logit_bias.items():
-        if not _is_int(token_id) or token_id < 0:
-            raise InvalidRequest(f"logit_bias is for token {token_id!r}, must be for ids from 0 on")
-        if not _is_number(bias) or not -_MAX_BIAS <= bias <= _MAX_BIAS:
-            raise InvalidRequest(f"logit_bias of token {token_id} is {bias!r}, must be −100 … 100")
-    return dict(logit_bias)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

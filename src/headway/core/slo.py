@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from headway.core.errors import ConfigError
-from headway.core.request import MAX_PRIORITY, MIN_PRIORITY
+from headway.core.priority import MAX_PRIORITY, MIN_PRIORITY
 
-__all__ = ["HEADROOM", "SLO", "SLOTable"]
+__all__ = ["HEADROOM", "SLO", "TTFT_SHARE", "SLOTable"]
 
 #: Of a target, what may be planned.
 HEADROOM: Final = 0.9
+
+#: Of a TTFT target, what the step may take that an arrival has to wait for: that step and the
+#: arrival's own must fit into the target, and something must be left for the way in and out.
+TTFT_SHARE: Final = HEADROOM * 0.4
 
 _MS: Final = {"us": 1e-3, "ms": 1.0, "s": 1e3, "": 1.0}
 _NUMBER: Final = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s|)")
@@ -85,21 +89,48 @@ class SLO:
 
 
 class SLOTable:
-    """Finds the class of a priority. O(log classes).
+    """The classes, and what their targets mean for the time of a step.
+
+    Args:
+        slos: the targets of each class.
+        max_step_ms: no step is to take longer, targets or not; None = no bound.
 
     Raises:
         ConfigError: two classes have the same priority.
     """
 
-    def __init__(self, slos: Iterable[SLO] = ()) -> None:
+    def __init__(self, slos: Iterable[SLO] = (), max_step_ms: float | None = None) -> None:
         #: Most urgent first.
         self.slos = tuple(sorted(slos, key=lambda slo: slo.priority))
         self._priorities = [slo.priority for slo in self.slos]
-        for one, other in zip(self._priorities, self._priorities[1:], strict=False):
-            if one == other:
-                raise ConfigError(f"there are two SLOs for priority {one}, must be one")
+        for priority, following in zip(self._priorities, self._priorities[1:], strict=False):
+            if priority == following:
+                raise ConfigError(f"there are two SLOs for priority {priority}, must be one")
+        bound = math.inf if max_step_ms is None else max_step_ms
+        ttfts = [math.inf if slo.ttft_ms is None else slo.ttft_ms for slo in self.slos]
+        #: What a step may be predicted to take, whatever is in it (ms); infinite = no bound. An
+        #: arrival waits for the step in flight, so the tightest TTFT target decides.
+        self.step_limit_ms = min(bound, TTFT_SHARE * min(ttfts, default=math.inf))
+        #: Parallel to ``slos``: what the step may take that computes a first token of the class.
+        #: Half of the target has been kept for it; but a more urgent arrival has to wait for this
+        #: step as for any other.
+        self._first_step_ms = [
+            self.step_limit_ms
+            if slo.ttft_ms is None
+            else min(bound, slo.ttft_ms / 2, TTFT_SHARE * min(ttfts[:index], default=math.inf))
+            for index, slo in enumerate(self.slos)
+        ]
 
     def of(self, priority: int) -> SLO | None:
         """The class of a request of this priority: that of the next priority at or above it."""
         index = bisect_left(self._priorities, priority)
         return self.slos[index] if index < len(self.slos) else None
+
+    def bounds_of(self, priority: int) -> tuple[SLO | None, float]:
+        """Both: its class, and what the step may take that computes its first token (ms)."""
+        return self.of(priority), self.first_step_ms(priority)
+
+    def first_step_ms(self, priority: int) -> float:
+        """What the step may take that computes the first token of such a request (ms)."""
+        index = bisect_left(self._priorities, priority)
+        return self._first_step_ms[index] if index < len(self.slos) else self.step_limit_ms

@@ -37,7 +37,7 @@ _SHORTEST, _LONGEST = 24.0, 600.0
 #: Batch outputs are this much shorter or longer than the mean, so that they end one by one.
 _SPREAD = 0.4
 #: Of the blocks that batch requests in every slot would fill at their end, the pool has this
-#: share. They are seldom all near their end: mostly they just fit, sometimes somebody must yield.
+#: share. They are seldom all near their end: mostly they just fit, sometimes a request must yield.
 _POOL_SHARE = 0.6
 _URGENT_TOKENS = 16
 _URGENT_EVERY = 2.0
@@ -144,7 +144,7 @@ def make_load(
         )
         for number, prompt in enumerate(batch_prompts, 1)
     ]
-    seconds = (sum(one.max_tokens for one in batch) + other_work) / speed
+    seconds = (sum(arrival.max_tokens for arrival in batch) + other_work) / speed
     urgent: list[Arrival] = []
     time = _URGENT_EVERY
     while time < seconds * 0.85:  # the last ones, too, find the batch work going on
@@ -152,6 +152,6 @@ def make_load(
         request_id = f"urgent-{len(urgent) + 1:02}"
         urgent.append(Arrival(time, request_id, URGENT_PRIORITY, question, _URGENT_TOKENS))
         time += _URGENT_EVERY + rng.uniform(-_URGENT_JITTER, _URGENT_JITTER)
-    blocks = [-(-(len(one.token_ids) + one.max_tokens) // block_size) for one in batch]
+    blocks = [-(-(len(arrival.token_ids) + arrival.max_tokens) // block_size) for arrival in batch]
     num_blocks = max(int(sum(blocks) / len(blocks) * NUM_SLOTS * _POOL_SHARE), *blocks) + 1
     return Load((*batch, *urgent), min(num_blocks, max_num_blocks), seconds)

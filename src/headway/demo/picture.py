@@ -10,7 +10,7 @@ from headway.core.config import PreemptionMode
 from headway.demo.load import URGENT_PRIORITY
 from headway.demo.report import RunSummary
 from headway.demo.run import Run
-from headway.engine.timeline import Phase, timeline
+from headway.engine.timeline import Phase
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,26 +62,27 @@ def draw(runs: Sequence[Run], summaries: Sequence[RunSummary], path: Path) -> No
 
 def _draw_run(axes: Axes, run: Run, summary: RunSummary) -> None:
     """Urgent requests on top, then batch work, each in order of arrival."""
-    lanes = sorted(run.requests, key=lambda one: (one.priority, one.arrival_time, one.request_id))
-    places = {one.request_id: place for place, one in enumerate(lanes)}
-    num_urgent = sum(one.priority == URGENT_PRIORITY for one in lanes)
-    for request in lanes:
-        place = places[request.request_id]
-        colours = _URGENT_COLOURS if request.priority == URGENT_PRIORITY else _BATCH_COLOURS
-        segments = timeline(request, run.end)
+    lanes = sorted(
+        run.requests, key=lambda record: (record.priority, record.arrival_time, record.request_id)
+    )
+    places = {record.request_id: place for place, record in enumerate(lanes)}
+    num_urgent = sum(record.priority == URGENT_PRIORITY for record in lanes)
+    for place, record in enumerate(lanes):
+        colours = _URGENT_COLOURS if record.priority == URGENT_PRIORITY else _BATCH_COLOURS
+        segments = run.segments(record, run.end)
         for phase in Phase:
             spans = [
-                (one.start - run.start, one.end - one.start)
-                for one in segments
-                if one.phase is phase
+                (segment.start - run.start, segment.end - segment.start)
+                for segment in segments
+                if segment.phase is phase
             ]
             height = _THIN if phase is Phase.WAITING else _THICK
             axes.broken_barh(spans, (place - height / 2, height), color=colours[phase], lw=0)
     for mode, marker in _MARKERS.items():
         points = [
-            (time - run.start, places[one.request_id])
-            for time, one in run.preemptions
-            if one.mode is mode
+            (time - run.start, places[preemption.request_id])
+            for time, preemption in run.preemptions
+            if preemption.mode is mode
         ]
         if points:
             axes.plot(*zip(*points, strict=True), **marker)
@@ -112,8 +113,10 @@ def _legend(runs: Sequence[Run]) -> list[Any]:
     from matplotlib.lines import Line2D  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
 
-    shown = {one.phase for run in runs for request in run.requests for one in timeline(request)}
-    modes = {one.mode for run in runs for _, one in run.preemptions}
+    shown = {
+        segment.phase for run in runs for record in run.requests for segment in run.segments(record)
+    }
+    modes = {preemption.mode for run in runs for _, preemption in run.preemptions}
     urgent = [
         Patch(color=_URGENT_COLOURS[phase], label=f"urgent: {phase.value}")
         for phase in (Phase.WAITING, Phase.PREFILL, Phase.DECODE)

@@ -13,8 +13,8 @@ from rich import box
 from rich.table import Table
 
 from headway.core.config import PreemptionMode
-from headway.core.request import Request
 from headway.demo.load import BATCH_PRIORITY, URGENT_PRIORITY
+from headway.demo.record import RequestRecord
 from headway.demo.run import Run
 from headway.engine.metrics import ClassSummary, summarize
 
@@ -47,7 +47,7 @@ class RunSummary:
         full_step_ms: median duration of a step that decodes with (almost) all slots; None if
             there was none.
         tokens_per_second: generated, by class, from the start to the class's last token.
-        preemptions: how often one of a class yielded, by ``PreemptionMode.value``.
+        preemptions: how often requests of a class yielded, by ``PreemptionMode.value``.
     """
 
     policy: str
@@ -61,44 +61,46 @@ class RunSummary:
 
 def summarize_runs(runs: Sequence[Run]) -> list[RunSummary]:
     """The numbers of runs that are over; latencies are of the requests that came in all of them."""
-    common = set.intersection(*({one.request_id for one in run.requests} for run in runs))
+    common = set.intersection(*(set(run.records) for run in runs))
     return [_summarize(run, common) for run in runs]
 
 
 def _summarize(run: Run, common: set[str]) -> RunSummary:
-    finished = [one for one in run.finished if one.request_id in common]
-    classes = {_NAMES[one.priority]: one for one in summarize(finished)}
-    priorities = {one.request_id: one.priority for one in run.requests}
+    finished = [record for record in run.finished if record.request_id in common]
+    metrics = [record.metrics for record in finished if record.metrics is not None]
+    classes = {_NAMES[summary.priority]: summary for summary in summarize(metrics)}
     yielded: dict[str, Counter[str]] = {name: Counter() for name in _NAMES.values()}
     for _, preemption in run.preemptions:
-        yielded[_NAMES[priorities[preemption.request_id]]][preemption.mode.value] += 1
+        yielded[_NAMES[preemption.priority]][preemption.mode.value] += 1
     return RunSummary(
         policy=run.policy,
         seconds=run.elapsed,
         full_step_ms=median(run.full_step_seconds) * 1e3 if run.full_step_seconds else None,
         num_unfinished={
-            name: sum(one.priority == priority for one in run.requests if one not in run.finished)
+            name: sum(
+                record.priority == priority for record in run.requests if not record.is_served
+            )
             for priority, name in _NAMES.items()
         },
         classes=classes,
         tokens_per_second={
-            name: one.num_output_tokens / (_last_finish(finished, one.priority) - run.start)
-            for name, one in classes.items()
+            name: summary.num_output_tokens / (_last_finish(finished, summary.priority) - run.start)
+            for name, summary in classes.items()
         },
         preemptions={name: dict(counts) for name, counts in yielded.items()},
     )
 
 
-def _last_finish(requests: Sequence[Request], priority: int) -> float:
-    times = [one.finish_time for one in requests if one.priority == priority]
+def _last_finish(records: Sequence[RequestRecord], priority: int) -> float:
+    times = [record.finish_time for record in records if record.priority == priority]
     return max(time for time in times if time is not None)
 
 
 def num_equal_outputs(runs: Sequence[Run]) -> tuple[int, int]:
     """(requests whose tokens are the same in all runs, requests that finished in all)."""
-    outputs = [{one.request_id: one.output_token_ids for one in run.finished} for run in runs]
-    common = set.intersection(*(set(one) for one in outputs))
-    equal = sum(all(one[name] == outputs[0][name] for one in outputs) for name in common)
+    outputs = [{record.request_id: record.token_ids for record in run.finished} for run in runs]
+    common = set.intersection(*(set(tokens) for tokens in outputs))
+    equal = sum(all(tokens[name] == outputs[0][name] for tokens in outputs) for name in common)
     return equal, len(common)
 
 

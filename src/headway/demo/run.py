@@ -14,7 +14,11 @@ from headway.core.request import Request, SamplingParams
 from headway.core.scheduler import PriorityScheduler
 from headway.core.scheduler_output import Preemption
 from headway.demo.load import NUM_SLOTS, URGENT_PRIORITY, Load
-from headway.engine.engine import Engine, Step
+from headway.demo.record import RequestRecord
+from headway.engine.client import StepReport
+from headway.engine.engine import Engine
+from headway.engine.outputs import EngineOutput
+from headway.engine.timeline import Segment, TimelineRecorder
 
 __all__ = ["Run", "measure_speed", "policy_engine"]
 
@@ -41,13 +45,11 @@ class Run:
     ) -> None:
         self.engine = engine
         self.load = load
-        self.policy: str = engine.scheduler.policy.name
-        #: All that have arrived, in order of arrival.
-        self.requests: list[Request] = []
-        #: When somebody had to yield: (seconds on the engine's clock, who and how).
+        self.policy: str = engine.description.scheduling_policy
+        #: Those that have arrived, by id, in order of arrival.
+        self.records: dict[str, RequestRecord] = {}
+        #: When requests had to yield: (seconds on the engine's clock, which one and how).
         self.preemptions: list[tuple[float, Preemption]] = []
-        #: The texts generated so far, by request id.
-        self.texts: dict[str, str] = {}
         self.num_output_tokens = 0
         #: Seconds of the steps that only decoded, and with (almost) all slots: much the same
         #: under every policy, unless the machine had something else to do.
@@ -58,6 +60,8 @@ class Run:
         self.end: float | None = None
         self._wait = wait
         self._limit = limit
+        self._timelines = TimelineRecorder()
+        engine.listeners.append(self._listen)
 
     @property
     def elapsed(self) -> float:
@@ -65,21 +69,31 @@ class Run:
         return (self.engine.clock() if self.end is None else self.end) - self.start
 
     @property
-    def finished(self) -> list[Request]:
+    def requests(self) -> list[RequestRecord]:
+        """All that have arrived, in order of arrival."""
+        return list(self.records.values())
+
+    @property
+    def finished(self) -> list[RequestRecord]:
         """The requests that got all they asked for."""
-        return [one for one in self.requests if one.status.finish_reason in ("stop", "length")]
+        return [record for record in self.records.values() if record.is_served]
 
     @property
     def num_preemptions(self) -> Counter[PreemptionMode]:
-        """How often somebody yielded, by how."""
+        """How often requests yielded, by how."""
         return Counter(preemption.mode for _, preemption in self.preemptions)
+
+    def segments(self, record: RequestRecord, now: float | None = None) -> list[Segment]:
+        """The request's life; see ``TimelineRecorder``."""
+        return self._timelines.timeline(
+            record.request_id, record.arrival_time, record.first_token_time, now
+        )
 
     def serve(self) -> None:
         """Serve all of the load, or as much of it as the time limit allows.
 
         Urgent requests stop coming when the batch work is done: they would find no competition.
         """
-        self.engine.observers.append(self._observe)
         pending = list(reversed(self.load.arrivals))
         self.start = self.engine.clock()
         while pending or self.engine.has_work:
@@ -89,25 +103,30 @@ class Run:
                 self.engine.abort_all()
                 break
             while pending and pending[-1].time <= elapsed:
-                request = pending.pop().request(self.start)
-                self.requests.append(request)
-                self.engine.submit(request)
-            if not self.engine.has_work and all(one.priority == URGENT_PRIORITY for one in pending):
-                break
+                arrival = pending.pop()
+                record = RequestRecord(arrival, self.start + arrival.time)
+                self.records[record.request_id] = record
+                self.engine.submit(arrival.request(self.start))
             if self.engine.has_work:
-                for output in self.engine.step():
-                    request_id = output.request.request_id
-                    self.texts[request_id] = self.texts.get(request_id, "") + output.text
-                    self.num_output_tokens += len(output.token_ids)
+                self.engine.step()
+            elif all(arrival.priority == URGENT_PRIORITY for arrival in pending):
+                break
             else:
                 self._wait(pending[-1].time - elapsed)
         self.end = self.engine.clock()
-        self.engine.observers.remove(self._observe)
+        self.engine.listeners.remove(self._listen)
 
-    def _observe(self, step: Step) -> None:
+    def _listen(self, step: StepReport, outputs: Sequence[EngineOutput]) -> None:
         if step.output.num_batched_tokens == len(step.output) >= NUM_SLOTS - 2:
             self.full_step_seconds.append(step.end - step.start)
-        self.preemptions.extend((step.start, one) for one in step.output.preemptions)
+        for preemption in step.output.preemptions:
+            self.preemptions.append((step.start, preemption))
+        self._timelines.record(step.changes)
+        for change in step.changes:
+            self.records[change.request_id].status = change.status
+        for output in outputs:
+            self.records[output.request_id].extend(output)
+            self.num_output_tokens += len(output.token_ids)
 
 
 def policy_engine(engine: Engine, policy: str, num_blocks: int) -> Engine:
@@ -125,14 +144,14 @@ def measure_speed(engine: Engine, prompt_token_ids: Sequence[int]) -> float:
     """Tokens a second that the engine decodes with all slots in use; takes about a second."""
     num_tokens, seconds = 0, 0.0
 
-    def observe(step: Step) -> None:
+    def listen(step: StepReport, _: Sequence[EngineOutput]) -> None:
         nonlocal num_tokens, seconds
         if step.output.num_batched_tokens == len(step.output) == NUM_SLOTS:
             num_tokens += NUM_SLOTS
             seconds += step.end - step.start
 
     params = SamplingParams(max_tokens=_WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
-    engine.observers.append(observe)
+    engine.listeners.append(listen)
     for number in range(NUM_SLOTS):
         request_id = f"warm-up-{number}"
         engine.submit(
@@ -143,5 +162,5 @@ def measure_speed(engine: Engine, prompt_token_ids: Sequence[int]) -> float:
         engine.step()
         if engine.clock() - start > _WARM_UP_SECONDS and num_tokens:
             engine.abort_all()
-    engine.observers.remove(observe)
+    engine.listeners.remove(listen)
     return num_tokens / seconds

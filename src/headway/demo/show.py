@@ -74,11 +74,13 @@ def show(
             return llm.tokenizer.encode(prompt)
         return llm.render_chat([{"role": "user", "content": prompt}])
 
-    executor = llm.engine.executor
+    description = llm.engine.description
     with make_view(Console(stderr=True)) as view:
         view.say("measuring how fast this machine is …")
         speed = measure_speed(llm.engine, encode(read_prompts()["batch"][0]))
-        load = make_load(encode, speed, executor.block_size, executor.num_blocks, seed, seconds)
+        load = make_load(
+            encode, speed, description.block_size, description.num_blocks, seed, seconds
+        )
         runs = []
         for number, policy in enumerate(_POLICIES, 1):
             run = Run(
@@ -93,11 +95,11 @@ def show(
     if as_json:
         print(json.dumps(as_data(summaries, equal) | {"picture": str(picture)}))
         return
-    num_urgent = max(len(run.requests) for run in runs) - NUM_BATCH
+    num_urgent = max(len(run.records) for run in runs) - NUM_BATCH
     console = Console()
     console.print(
         f"\n{NUM_BATCH} batch requests and {num_urgent} urgent ones, {NUM_SLOTS} slots, a KV pool "
-        f"of {load.num_blocks} blocks of {executor.block_size} tokens",
+        f"of {load.num_blocks} blocks of {description.block_size} tokens",
         highlight=False,
     )
     console.print(table(summaries))

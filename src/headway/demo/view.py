@@ -12,12 +12,12 @@ from rich.live import Live
 from rich.text import Text
 
 from headway.core.config import PreemptionMode
-from headway.core.request import Request, RequestStatus
+from headway.core.request import RequestStatus
 from headway.demo.load import NUM_SLOTS, URGENT_PRIORITY
+from headway.demo.record import RequestRecord
 from headway.demo.run import Run
-from headway.engine.engine import Step
 from headway.engine.metrics import percentile
-from headway.engine.timeline import Phase, timeline
+from headway.engine.timeline import Phase
 
 __all__ = ["View", "make_view", "render"]
 
@@ -78,7 +78,7 @@ class _Lines:
         self.say(title)
         last = 0.0
 
-        def report(step: Step) -> None:
+        def report(*_: object) -> None:
             nonlocal last
             if run.elapsed - last >= _REPORT_SECONDS:
                 last = run.elapsed
@@ -88,7 +88,7 @@ class _Lines:
                     f"{_speed(run):.0f} tokens/s; yielded: {_yielded(run)}"
                 )
 
-        run.engine.observers.append(report)
+        run.engine.listeners.append(report)
 
 
 class _Screen:
@@ -104,7 +104,7 @@ class _Screen:
     def follow(self, run: Run, title: str) -> None:
         last = -_REDRAW_SECONDS
 
-        def redraw(step: Step) -> None:
+        def redraw(*_: object) -> None:
             nonlocal last
             # Drawing takes time from the engine, so not after every step.
             if run.elapsed - last >= _REDRAW_SECONDS:
@@ -112,7 +112,7 @@ class _Screen:
                 width, height = self._live.console.size
                 self._live.update(render(run, title, width, height), refresh=True)
 
-        run.engine.observers.append(redraw)
+        run.engine.listeners.append(redraw)
 
 
 def render(run: Run, title: str, width: int, height: int) -> Group:
@@ -128,19 +128,20 @@ def render(run: Run, title: str, width: int, height: int) -> Group:
 
 
 def _header(run: Run, title: str, width: int) -> list[Text]:
-    blocks = run.engine.scheduler.block_manager.statistics()
-    num_swapped = run.engine.scheduler.statistics().num_swap_blocks_used
+    description, statistics = run.engine.description, run.engine.statistics
+    num_held = round(statistics.kv_cache_usage * description.num_blocks)
+    num_swapped = round(statistics.swap_space_usage * description.num_swap_blocks)
     clock = f"{run.elapsed:.1f} s"
     title_line = Text(title, "bold")
     title_line.pad_right(max(1, width - len(title) - len(clock)))
     title_line.append(clock, "bold")
 
-    pool = f" {blocks.held}/{blocks.num_blocks} blocks"
+    pool = f" {num_held}/{description.num_blocks} blocks"
     swap = f"  swap {num_swapped}" if num_swapped else ""
     bar_width = max(5, min(60, width - len(pool) - len(swap) - 9))
-    filled = round(blocks.usage * bar_width)
+    filled = round(statistics.kv_cache_usage * bar_width)
     pool_line = Text.assemble(
-        "KV pool ", ("█" * filled, "green" if blocks.usage < 0.9 else "yellow"),
+        "KV pool ", ("█" * filled, "green" if statistics.kv_cache_usage < 0.9 else "yellow"),
         ("░" * (bar_width - filled), "bright_black"), pool, (swap, "magenta"),
     )  # fmt: skip
 
@@ -152,11 +153,11 @@ def _header(run: Run, title: str, width: int) -> list[Text]:
         ("tokens/s ", "bright_black"), f"{_speed(run):.0f}", ("  yielded ", "bright_black"),
         _yielded(run),
     )  # fmt: skip
-    urgent = [one for one in run.requests if one.priority == URGENT_PRIORITY]
+    urgent = [record for record in run.requests if record.priority == URGENT_PRIORITY]
     ttfts = [
-        one.first_token_time - one.arrival_time
-        for one in urgent
-        if one.first_token_time is not None and one.arrival_time is not None
+        record.first_token_time - record.arrival_time
+        for record in urgent
+        if record.first_token_time is not None
     ]
     served = Text.assemble(
         ("urgent ", _URGENT), f"{len(urgent)} arrived, {len(ttfts)} begun",
@@ -172,8 +173,8 @@ def _footer(run: Run) -> list[Text]:
             legend.append(character * 2, style).append(f" {phase.value}  ", "bright_black")
     legend.append("▆▆", _URGENT).append(" urgent", "bright_black")
     latest = Text()
-    answers = [one for one in run.finished if one.priority == URGENT_PRIORITY]
-    text = " ".join(run.texts[answers[-1].request_id].split()) if answers else ""
+    answers = [record for record in run.finished if record.priority == URGENT_PRIORITY]
+    text = " ".join(answers[-1].text.split()) if answers else ""
     if text:
         latest = Text.assemble((f"{answers[-1].request_id}  ", _URGENT), (f"“{text}”", "italic"))
     return [latest, legend]
@@ -184,42 +185,41 @@ def _rows(run: Run, width: int, room: int) -> list[Text]:
     now = run.engine.clock()
     ordered = sorted(run.requests, key=_listing)
     if len(ordered) <= room:
-        return [_row(run, one, now, width) for one in ordered]
+        return [_row(run, record, now, width) for record in ordered]
     if room < 1:
         return []
-    hidden = Counter(_state(one) for one in ordered[room - 1 :])
+    hidden = Counter(_state(record) for record in ordered[room - 1 :])
     more = ", ".join(f"{count} {name}" for name, count in hidden.items())
-    rows = [_row(run, one, now, width) for one in ordered[: room - 1]]
+    rows = [_row(run, record, now, width) for record in ordered[: room - 1]]
     return [*rows, Text(f"… and {more}", "bright_black")]
 
 
-def _listing(request: Request) -> tuple[int, int, float, str]:
+def _listing(record: RequestRecord) -> tuple[int, int, float, str]:
     """Under way, then waiting, then finished (the latest first); urgent ones first in each."""
-    assert request.arrival_time is not None
-    if request.finish_time is not None:
-        return 2, 0, -request.finish_time, request.request_id
-    group = 1 if request.status is RequestStatus.WAITING else 0
-    return group, request.priority, request.arrival_time, request.request_id
+    if record.finish_time is not None:
+        return 2, 0, -record.finish_time, record.request_id
+    group = 1 if record.status is RequestStatus.WAITING else 0
+    return group, record.priority, record.arrival_time, record.request_id
 
 
-def _row(run: Run, request: Request, now: float, width: int) -> Text:
-    is_urgent = request.priority == URGENT_PRIORITY
-    row = Text(f"{request.request_id:<10}", _URGENT if is_urgent else "cyan")
-    row.append(f"{_state(request):<10}", _STATUS_STYLES.get(request.status, "bright_black"))
-    row.append(f"{request.num_output_tokens:>4}/{request.max_tokens:<4} ")
+def _row(run: Run, record: RequestRecord, now: float, width: int) -> Text:
+    is_urgent = record.priority == URGENT_PRIORITY
+    row = Text(f"{record.request_id:<10}", _URGENT if is_urgent else "cyan")
+    row.append(f"{_state(record):<10}", _STATUS_STYLES.get(record.status, "bright_black"))
+    row.append(f"{len(record.token_ids):>4}/{record.arrival.max_tokens:<4} ")
     lane_width = width - len(row)
     if lane_width >= 8:
-        row.append_text(_lane(run, request, now, lane_width))
+        row.append_text(_lane(run, record, now, lane_width))
     return row
 
 
-def _lane(run: Run, request: Request, now: float, width: int) -> Text:
+def _lane(run: Run, record: RequestRecord, now: float, width: int) -> Text:
     """The request's life so far on a line; the whole width is as long as the run should take."""
     horizon = max(run.load.seconds, run.elapsed)
     cells = [(" ", "")] * width
-    for segment in timeline(request, now):
+    for segment in run.segments(record, now):
         character, style = _LOOKS[segment.phase]
-        if request.priority == URGENT_PRIORITY and segment.phase in (Phase.PREFILL, Phase.DECODE):
+        if record.priority == URGENT_PRIORITY and segment.phase in (Phase.PREFILL, Phase.DECODE):
             style = _URGENT
         first = int((segment.start - run.start) / horizon * width)
         last = int((segment.end - run.start) / horizon * width)
@@ -228,18 +228,18 @@ def _lane(run: Run, request: Request, now: float, width: int) -> Text:
     return Text.assemble(*cells)
 
 
-def _state(request: Request) -> str:
-    return "finished" if request.is_finished else request.status.value
+def _state(record: RequestRecord) -> str:
+    return "finished" if record.status.is_finished else record.status.value
 
 
 def _counts(run: Run) -> dict[str, int]:
-    states = Counter(_state(one) for one in run.requests)
+    states = Counter(_state(record) for record in run.requests)
     names = ["running", "paused", "swapped", "preempted", "waiting", "finished"]
     return {name: states[name] for name in names if states[name] or name != "preempted"}
 
 
 def _usage(run: Run) -> float:
-    return run.engine.scheduler.block_manager.statistics().usage
+    return run.engine.statistics.kv_cache_usage
 
 
 def _speed(run: Run) -> float:

@@ -1,7 +1,8 @@
 """Online use: an engine in a thread of its own, and requests as asynchronous iterators.
 
-The step thread never waits for a reader: it leaves each step's outputs with the event loop in
-one call and goes on. A reader that is slow finds what has gathered meanwhile in one piece.
+``AsyncEngine`` is the ``EngineClient`` of an engine in the same process. The step thread never
+waits for a reader: it leaves what each step has to say with the event loop in one call and goes on.
+A reader that is slow finds what has gathered meanwhile in one piece.
 """
 
 from __future__ import annotations
@@ -9,54 +10,74 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from headway.core.errors import (
     DuplicateRequest,
     EngineStopped,
     HeadwayError,
+    InvalidRequest,
     QueueFull,
     SlowReader,
 )
-from headway.core.request import Request, SamplingParams, check_priority
+from headway.core.priority import check_priority
+from headway.core.request import Request, SamplingParams
+from headway.engine.client import (
+    EngineDescription,
+    EngineListener,
+    EngineStatistics,
+    Prompt,
+    StepReport,
+)
 from headway.engine.engine import Engine
-from headway.engine.llm import Prompt, tokenize_prompt
+from headway.engine.llm import tokenize_prompt
+from headway.engine.output_processor import OutputProcessor
 from headway.engine.outputs import EngineOutput, RequestOutput
+from headway.engine.request_board import BoardEntry, RequestBoard, engine_id
 from headway.engine.request_info import RequestInfo
+from headway.engine.tokenizer import Tokenizer
 
 __all__ = ["AsyncEngine"]
-
-_T = TypeVar("_T")
 
 
 class _Stream:
     """Outputs of one request that its reader has not taken yet; touched by the loop only."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request_id: str, num_choices: int) -> None:
+        self.request_id = request_id
+        self.num_choices = num_choices
         self.pending: list[EngineOutput] = []
         #: Tokens in ``pending``.
         self.num_pending_tokens = 0
         self.ready = asyncio.Event()
-        #: Whether the engine has it; until then it waits for room here.
+        #: Whether the engine has it; until then it waits here for room in the ring.
         self.is_submitted = False
         #: Whether it is to end instead of being submitted.
         self.is_aborted = False
         #: Whether its end is among ``pending``, or has been taken: nothing may come after it.
         self.is_ended = False
+        #: Set when the engine has nothing more to say of it.
+        self.has_left_engine = asyncio.Event()
 
     def put(self, output: EngineOutput) -> None:
         if self.is_ended:
             return
         self.pending.append(output)
         self.num_pending_tokens += len(output.token_ids)
-        self.is_ended = output.finish_reason is not None
+        self.is_ended = output.is_last
         self.ready.set()
 
     def end(self, error: HeadwayError) -> None:
-        self.put(EngineOutput(self.request, finish_reason="abort", error=error))
+        self.put(EngineOutput(self.request_id, finish_reason="abort", error=error, is_last=True))
+
+    def end_unbegun(self) -> None:
+        """The request was aborted before the engine had it: all its choices end."""
+        last = self.num_choices - 1
+        for index in range(self.num_choices):
+            is_last = index == last
+            self.put(EngineOutput(self.request_id, index, finish_reason="abort", is_last=is_last))
 
     async def take(self) -> list[EngineOutput]:
         await self.ready.wait()
@@ -77,14 +98,20 @@ class AsyncEngine:
 
     Args:
         engine: steps in a thread of its own from ``start`` on.
-        max_buffered_tokens: a request ends with ``SlowReader`` when so many wait for its reader.
+        max_buffered_tokens: a request ends with ``SlowReader`` when so many of each of its choices
+            wait for its reader.
     """
 
     def __init__(self, engine: Engine, max_buffered_tokens: int = 1024) -> None:
         self.engine = engine
         self.max_buffered_tokens = max_buffered_tokens
-        #: Unfinished requests' streams, by id; the loop's own.
+        #: What does not change about the engine.
+        self.description: EngineDescription = engine.description
+        #: The streams of requests that the engine may have something to say of, by the engine's
+        #: ids; the loop's own.
         self._streams: dict[str, _Stream] = {}
+        #: What can be asked about them; the loop's own.
+        self._board = RequestBoard()
         #: Set while there are none; the loop's own.
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -98,8 +125,6 @@ class AsyncEngine:
         self._is_draining = False
         #: Aborts on their way, of requests whose readers need not wait for them.
         self._aborts: set[asyncio.Task[None]] = set()
-        #: Questions on their way to the step thread.
-        self._questions: set[asyncio.Future[Any]] = set()
         #: Why the step thread ended, if it did so by itself.
         self.failure: BaseException | None = None
         #: Once nothing is served any more: what every reader is told; the loop's own.
@@ -107,6 +132,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="headway-step", daemon=True)
         engine.on_ingress = self._wake.set
+        engine.listeners.append(self._hand_over)
 
     async def __aenter__(self) -> AsyncEngine:
         self.start()
@@ -121,108 +147,159 @@ class AsyncEngine:
             self._loop = asyncio.get_running_loop()
             self._thread.start()
 
+    # ------------------------------------------------------------------ requests
+
     async def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        n: int = 1,
         priority: int = 0,
         deadline: float | None = None,
-        wait_for_room: bool = True,
+        tenant: str = "",
+        cache_salt: str = "",
+        cache_group: str | None = None,
+        outputs: Mapping[int, Sequence[int]] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt; yields the output so far whenever there is more of it.
 
         Closing the iterator, or cancelling its task, aborts the request.
 
+        A request never waits for room in the queue: when that is full, the least urgent request by
+        rank is turned away, be it this one or another. It waits, at most for a step or two, while
+        the ring between the event loop and the step thread is full.
+
         Args:
             prompt: text or token ids.
             sampling_params: how to generate.
-            request_id: drawn if None.
+            request_id: unique among the tenant's unfinished requests; drawn if None.
+            n: choices; the prompt is computed once, and each has draws of its own.
             priority: int64, smaller is served first.
             deadline: of the first token, in seconds on the engine's clock.
-            wait_for_room: when the queue is full, wait until it is not; otherwise raise.
+            tenant: whose request it is.
+            cache_salt: requests with different salts find nothing of each other's in the prefix
+                cache; at most 256 characters.
+            cache_group: tenants of one group share the prefix cache; None = a group of the tenant's
+                own.
+            outputs: of a request that has begun in another engine and goes on here: the tokens of
+                each unfinished choice so far, by index (see ``Request.resume``). The text of these
+                tokens is part of the output, and is not new.
 
         Raises:
             InvalidRequest: it could never be served.
-            QueueFull: there is no room now (``wait_for_room=False``), or there was some, and those
-                who are more urgent have taken it.
+            QueueFull: the queue is full of requests at least as urgent.
             QueueTimeout: it has waited for its first step longer than any request may.
             SlowReader: too much output has gathered because the iterator was not read.
             EngineStopped: the engine was shut down, or its step loop died.
         """
         self.start()
-        request = Request(
-            f"req-{next(self._ids)}" if request_id is None else request_id,
-            priority,
-            prompt,
-            prompt_token_ids=tokenize_prompt(self.engine.tokenizer, prompt),
-            sampling_params=sampling_params,
-            arrival_time=self.engine.clock(),
-            deadline=deadline,
-        )
-        if request.request_id in self._streams:
-            raise DuplicateRequest(f"request id {request.request_id!r} is in use")
-        stream = self._streams[request.request_id] = _Stream(request)
-        self._is_idle.clear()
+        if "/" in tenant:
+            raise InvalidRequest(f"tenant is {tenant!r}, must not hold a slash")
+        own_id = f"req-{next(self._ids)}" if request_id is None else request_id
+        arguments: dict[str, Any] = {
+            "prompt_token_ids": tokenize_prompt(self.engine.tokenizer, prompt),
+            "sampling_params": sampling_params or SamplingParams(),
+            "n": n,
+            "arrival_time": self.engine.clock(),
+            "deadline": deadline,
+            "tenant": tenant,
+            "cache_salt": cache_salt,
+            "cache_group": cache_group,
+        }
+        whole_id = engine_id(own_id, tenant) if own_id else own_id
+        if outputs is None:
+            request = Request(whole_id, priority, prompt, **arguments)
+        else:
+            request = Request.resume(whole_id, priority, prompt, outputs=outputs, **arguments)
+        stream = await self._open_stream(request.request_id, own_id, n)
         try:
-            await self._submit(stream, wait_for_room)
-            result = RequestOutput.of(request)
+            await self._submit(stream, request)
+            result = RequestOutput.of(request, own_id)
+            for index, token_ids in (outputs or {}).items():
+                _, settled = OutputProcessor.resumed(
+                    request.sampling_params, self.engine.tokenizer, token_ids
+                )
+                result.outputs[index].text = settled.text
+                result.outputs[index].token_ids = list(token_ids)
+            del request  # the engine's from here on
             while not result.finished:
                 result.begin()
                 error = None
                 for output in await stream.take():
                     error = output.error
-                    if error is None:
-                        result.extend(output)
-                if error is None or result.new_token_ids:
+                    result.extend(output)
+                if error is None or any(
+                    result.outputs[index].new_token_ids for index in result.changed
+                ):
                     yield result  # what was generated before the error, too
                 if error is not None:
-                    raise error
+                    # Many readers may share it, and each of them would add to its traceback.
+                    raise error.with_traceback(None)
         finally:
-            del self._streams[request.request_id]
-            if not self._streams:
-                self._is_idle.set()
-            if stream.is_submitted and not stream.is_ended:  # the reader has gone
-                stream.is_ended = True
-                await self._abort_soon(request.request_id)
+            self._close_stream(stream)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str, tenant: str = "") -> None:
         """End a request; its iterator yields a last output with ``finish_reason="abort"``."""
-        stream = self._streams.get(request_id)
-        if stream is None or stream.is_submitted:
-            await self._abort_soon(request_id)
+        stream = self._streams.get(engine_id(request_id, tenant))
+        if stream is None:
+            return
+        if stream.is_submitted:
+            await self._abort_soon(stream)
         else:
             stream.is_aborted = True
             self._room.set()
 
-    def set_priority(self, request_id: str, priority: int) -> None:
+    async def set_priority(self, request_id: str, priority: int, tenant: str = "") -> None:
         """Change how urgent a request is, from the next step on.
 
         Raises:
             InvalidRequest: the priority is no int64.
-            QueueFull: the ring is full; try again.
         """
-        stream = self._streams.get(request_id)
-        if stream is None or stream.is_submitted:
-            self.engine.set_priority(request_id, priority)
-        else:
-            check_priority(request_id, priority)
-            stream.request.priority = priority  # it is ranked when it is added
+        check_priority(request_id, priority)
+        await self._enter(lambda: self.engine.set_priority(engine_id(request_id, tenant), priority))
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """The latest value that was published; to read it costs the engine nothing."""
+        return self.engine.statistics
 
     @property
     def is_alive(self) -> bool:
         """Whether new requests are served."""
         return self._stopped is None and not self._is_stopping and not self._is_draining
 
-    async def list_requests(self, limit: int | None = None) -> list[RequestInfo]:
-        """The unfinished requests as they stand between two steps, most urgent first."""
-        return await self._ask(lambda: self.engine.request_infos(limit))
+    def now(self) -> float:
+        """Seconds on the engine's clock."""
+        return self.engine.clock()
 
-    async def get_request(self, request_id: str) -> RequestInfo | None:
-        """The same of one request; None if it is not unfinished."""
-        infos = await self.list_requests()
-        return next((info for info in infos if info.request_id == request_id), None)
+    def list_requests(
+        self, limit: int | None = None, tenant: str | None = None
+    ) -> list[RequestInfo]:
+        """Unfinished requests as of the latest step, most urgent first; None = of all tenants.
+
+        It costs the engine nothing. O(n log n) on the caller's side.
+        """
+        return self._board.all(self.statistics.forecast, self.now(), limit, tenant)
+
+    def get_request(self, request_id: str, tenant: str = "") -> RequestInfo | None:
+        """The same of one request; None if it is not unfinished. O(n)."""
+        forecast = self.statistics.forecast
+        return self._board.get(engine_id(request_id, tenant), forecast, self.now())
+
+    def add_listener(self, listener: EngineListener) -> None:
+        """Have ``listener`` called after every step, from the step thread."""
+        self.engine.listeners.append(listener)
+
+    # ------------------------------------------------------------------ its end
 
     async def drain(self, timeout: float | None = None) -> None:
         """Refuse new requests, and wait until the others have ended.
@@ -241,7 +318,7 @@ class AsyncEngine:
             )
             for stream in self._streams.values():
                 stream.end(stopped)
-                self._abort_later(stream.request.request_id)
+                self._abort_later(stream)
 
     async def shutdown(self) -> None:
         """Stop after the step in flight; what is unfinished ends with ``EngineStopped``.
@@ -252,92 +329,123 @@ class AsyncEngine:
         self._wake.set()
         if self._thread.is_alive():
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        # What has entered the ring since the step thread looked last.
+        self.engine.abort_all(EngineStopped("the engine has been stopped"))
         self.engine.close()
 
     # ------------------------------------------------------------------ the loop's side
 
-    async def _submit(self, stream: _Stream, wait_for_room: bool) -> None:
+    async def _open_stream(self, whole_id: str, own_id: str, num_choices: int) -> _Stream:
+        """A stream of this id.
+
+        Raises:
+            DuplicateRequest: another one is read.
+        """
+        while (other := self._streams.get(whole_id)) is not None:
+            if not other.is_ended:
+                raise DuplicateRequest(f"request id {own_id!r} is in use")
+            if other.has_left_engine.is_set():
+                break  # its reader has not read the end yet, which it can do without the id
+            # Its reader has gone; the engine ends it within a step.
+            await other.has_left_engine.wait()
+        stream = self._streams[whole_id] = _Stream(whole_id, num_choices)
+        self._is_idle.clear()
+        return stream
+
+    def _close_stream(self, stream: _Stream) -> None:
+        """The reader has gone, or has read everything."""
+        if stream.is_submitted and not stream.is_ended:
+            stream.is_ended = True
+            self._abort_later(stream)
+        elif not stream.is_submitted or stream.has_left_engine.is_set():
+            self._forget(stream)
+
+    def _forget(self, stream: _Stream) -> None:
+        stream.has_left_engine.set()
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
+        if not self._streams:
+            self._is_idle.set()
+
+    async def _submit(self, stream: _Stream, request: Request) -> None:
+        """Put the request into the ring, as soon as that has room."""
+        self.engine.prepare(request)
+        entry = BoardEntry(request)
         while True:
             if not self.is_alive:
-                raise self._stopped or EngineStopped("the engine stops, and takes no more requests")
+                stopped = self._stopped or EngineStopped(
+                    "the engine stops, and takes no more requests"
+                )
+                raise stopped.with_traceback(None)
             if stream.is_aborted:
-                stream.put(EngineOutput(stream.request, finish_reason="abort"))
+                stream.end_unbegun()
                 return
             self._room.clear()
-            if self.engine.has_room or not wait_for_room:
-                try:
-                    self.engine.submit(stream.request)
-                    stream.is_submitted = True
-                    return
-                except QueueFull:
-                    if not wait_for_room:
-                        raise
-            await self._room.wait()
+            try:
+                self.engine.enqueue(request)
+            except QueueFull:
+                await self._room.wait()
+            else:
+                stream.is_submitted = True
+                self._board.add(entry)
+                return
 
-    async def _abort_soon(self, request_id: str) -> None:
+    async def _enter(self, command: Callable[[], None]) -> None:
+        """Have a command enter the ring, as soon as that has room."""
         while self._stopped is None:
             self._room.clear()
             try:
-                self.engine.abort(request_id)
+                command()
                 return
             except QueueFull:
                 await self._room.wait()
 
-    def _abort_later(self, request_id: str) -> None:
-        task = asyncio.get_running_loop().create_task(self._abort_soon(request_id))
+    async def _abort_soon(self, stream: _Stream) -> None:
+        """End the stream's request, and none that has its id later."""
+
+        def abort() -> None:
+            if not stream.has_left_engine.is_set():
+                self.engine.abort(stream.request_id)
+
+        await self._enter(abort)
+
+    def _abort_later(self, stream: _Stream) -> None:
+        task = asyncio.get_running_loop().create_task(self._abort_soon(stream))
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
 
-    async def _ask(self, function: Callable[[], _T]) -> _T:
-        """What ``function`` returns when it is called between two steps.
-
-        Raises:
-            EngineStopped: there are no more steps.
-        """
-        self.start()
-        answer: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
-
-        def set_result(result: _T) -> None:
-            if not answer.done():
-                answer.set_result(result)
-
-        self._questions.add(answer)
-        try:
-            while self._stopped is None:
-                self._room.clear()
-                try:
-                    self.engine.call(lambda: self._call_soon(set_result, function()))
-                    return await answer
-                except QueueFull:
-                    await self._room.wait()
-            raise self._stopped
-        finally:
-            self._questions.discard(answer)
-
-    def _deliver(self, outputs: list[EngineOutput]) -> None:
+    def _deliver(self, report: StepReport, outputs: Sequence[EngineOutput]) -> None:
+        self._board.apply(report.output, report.changes, outputs)
         for output in outputs:
-            stream = self._streams.get(output.request.request_id)
-            # The id may have been another request's, whose reader has gone or never was.
-            if stream is not None and stream.request is output.request:
-                stream.put(output)
-                if stream.num_pending_tokens > self.max_buffered_tokens and not stream.is_ended:
-                    stream.end(
-                        SlowReader(
-                            f"{stream.num_pending_tokens} tokens wait to be read, at most "
-                            f"{self.max_buffered_tokens} may"
-                        )
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            was_ended = stream.is_ended
+            stream.put(output)
+            most = self.max_buffered_tokens * stream.num_choices
+            if stream.num_pending_tokens > most and not stream.is_ended:
+                stream.end(
+                    SlowReader(
+                        f"{stream.num_pending_tokens} tokens wait to be read, at most {most} may"
                     )
-                    self._abort_later(output.request.request_id)
+                )
+                self._abort_later(stream)
+            if output.is_last:
+                stream.has_left_engine.set()
+                if was_ended:  # by its reader, who waits for nothing
+                    self._forget(stream)
         self._room.set()
 
     def _end(self, stopped: EngineStopped) -> None:
-        """Nothing is served any more: tell those who read, and from now on those who come."""
+        """Nothing is served any more: tell all readers, present and future."""
         self._stopped = stopped
-        for stream in self._streams.values():
+        self._board.clear()
+        for stream in list(self._streams.values()):
+            was_ended = stream.is_ended
             stream.end(stopped)
-        for answer in self._questions:
-            if not answer.done():
-                answer.set_exception(stopped)
+            stream.has_left_engine.set()
+            if was_ended:
+                self._forget(stream)
         self._room.set()
 
     # ------------------------------------------------------------------ the step thread's side
@@ -349,7 +457,7 @@ class AsyncEngine:
                 if self._is_stopping:
                     break
                 if self.engine.has_work:
-                    self._call_soon(self._deliver, self.engine.step())
+                    self.engine.step()
                 else:
                     self._wake.wait()
         except BaseException as error:  # whatever it is, every reader must hear of it
@@ -360,13 +468,20 @@ class AsyncEngine:
             else f"the step loop died of {type(self.failure).__name__}: {self.failure}"
         )
         stopped.__cause__ = self.failure
+        # Readers hear of it from ``_end``: before that, none may take an empty ring for room.
+        with suppress(ValueError):
+            self.engine.listeners.remove(self._hand_over)
         try:
             self.engine.abort_all(stopped)
         finally:
             # On the loop, where requests are submitted, so that none slips in unseen.
             self._call_soon(self._end, stopped)
 
-    def _call_soon(self, callback: Callable[[_T], None], argument: _T) -> None:
+    def _hand_over(self, report: StepReport, outputs: Sequence[EngineOutput]) -> None:
+        """The listener that lets readers have what a step has to say."""
+        self._call_soon(self._deliver, report, outputs)
+
+    def _call_soon(self, callback: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
-        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
-            self._loop.call_soon_threadsafe(callback, argument)
+        with suppress(RuntimeError):  # the loop is closed: nothing reads any more
+            self._loop.call_soon_threadsafe(callback, *arguments)

@@ -1,6 +1,6 @@
 """Chat messages to prompt text, by the template that the model file carries.
 
-A template is a program from a file that somebody put on the internet, so it runs in Jinja's
+A template is a program from a file off the internet, so it runs in Jinja's
 immutable sandbox: it sees the messages and a few functions, and can change nothing. The
 environment is the one that templates are written for, that of ``transformers``
 (``utils/chat_template_utils.py``): trimmed blocks, loop controls, ``raise_exception``,

@@ -5,21 +5,54 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headway.core.config import PreemptionMode, SchedulerConfig
+from headway.core.cost_model import CostModel
 from headway.core.errors import ConfigError, UnsupportedModel
 from headway.core.policy import SchedulingPolicy
 from headway.core.scheduler import PriorityScheduler
+from headway.core.sharing_rules import SharingRules
 from headway.core.slo import SLO
-from headway.engine.engine import Engine
-from headway.engine.tokenizer import Tokenizer
 from headway.models.registry import DEFAULT_MODEL, resolve
 
-__all__ = ["EngineConfig", "Progress"]
+if TYPE_CHECKING:
+    from headway.engine.engine import Engine
+    from headway.executor.base import Executor
+
+__all__ = ["EngineConfig", "ExecutorFactory", "ExecutorSettings", "Progress"]
 
 #: Told of a stage of starting up and the fraction of it that is done.
 Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorSettings:
+    """What an executor is built from.
+
+    Attributes:
+        model_path: of the model's GGUF file.
+        vocab_size: tokens of the file's tokenizer: the executor must not sample any others.
+        max_num_seqs: sequences that a step has at most.
+        max_model_len: longest context in tokens; None = the model's.
+        kv_cache_bytes: size of the KV pool; None = the executor's choice.
+        swap_space_bytes: limit of the swap space, 0 for none; None = the executor's choice.
+        num_threads: for the computation; None = the executor's choice.
+    """
+
+    model_path: Path
+    vocab_size: int
+    max_num_seqs: int
+    max_model_len: int | None
+    kv_cache_bytes: int | None
+    swap_space_bytes: int | None
+    num_threads: int | None
+
+
+#: Builds an executor, and tells of its progress; raises ``ModelError`` or ``ConfigError``.
+ExecutorFactory = Callable[[ExecutorSettings, Progress | None], "Executor"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +74,13 @@ class EngineConfig:
         deterministic: see ``headway.core.config.SchedulerConfig``.
         max_step_ms: no step is predicted to take longer; None = no bound.
         slos: what classes of requests have been promised.
+        sharing: what less urgent work gets beside more urgent work.
         max_num_queued_reqs: requests that may wait for their first step; of more, the least
             urgent are refused.
         max_queued_tokens: the same for the tokens of their prompts; None = no limit.
         queue_timeout: seconds that a request may wait for its first step; None = no limit.
         num_threads: for the computation; None = one per core.
+        executor: builds what runs the steps; None = the OpenVINO executor.
     """
 
     model: str | os.PathLike[str] = DEFAULT_MODEL
@@ -60,10 +95,12 @@ class EngineConfig:
     deterministic: bool = True
     max_step_ms: float | None = None
     slos: tuple[SLO, ...] = ()
+    sharing: SharingRules = field(default_factory=SharingRules)
     max_num_queued_reqs: int = 100_000
     max_queued_tokens: int | None = None
     queue_timeout: float | None = None
     num_threads: int | None = None
+    executor: ExecutorFactory | None = None
 
     def __post_init__(self) -> None:
         self._scheduler_config(1, 1, 0, self.max_model_len, frozenset())  # refuse before loading
@@ -81,8 +118,9 @@ class EngineConfig:
             ModelError: the model is unknown, damaged, not supported, or cannot be fetched.
             ConfigError: a setting is out of the model's range.
         """
-        # OpenVINO takes a second to import; settings are refused and help is printed without it.
-        from headway.executor.openvino import OpenVINOExecutor  # noqa: PLC0415
+        # Help is printed, and settings are refused, without what takes long to import.
+        from headway.engine.engine import Engine  # noqa: PLC0415
+        from headway.engine.tokenizer import Tokenizer  # noqa: PLC0415
 
         def download(stage: str, done: int, total: int) -> None:
             if progress is not None and total:
@@ -90,21 +128,19 @@ class EngineConfig:
 
         path = resolve(self.model, download)
         tokenizer = Tokenizer(path)
-        executor = OpenVINOExecutor(
-            path,
-            kv_cache_bytes=self.kv_cache_bytes,
-            swap_space_bytes=self.swap_space_bytes,
-            max_num_seqs=self.max_num_seqs,
-            max_model_len=self.max_model_len,
-            num_threads=self.num_threads,
-            progress=progress,
+        make_executor = self.executor or _make_openvino_executor
+        executor = make_executor(
+            ExecutorSettings(
+                model_path=path,
+                vocab_size=tokenizer.vocab_size,
+                max_num_seqs=self.max_num_seqs,
+                max_model_len=self.max_model_len,
+                kv_cache_bytes=self.kv_cache_bytes,
+                swap_space_bytes=self.swap_space_bytes,
+                num_threads=self.num_threads,
+            ),
+            progress,
         )
-        if executor.vocab_size != tokenizer.vocab_size:
-            executor.close()
-            raise UnsupportedModel(
-                f"{path} has {tokenizer.vocab_size} tokens and {executor.vocab_size} embeddings, "
-                "must have as many"
-            )
         config = self._scheduler_config(
             executor.num_blocks,
             executor.block_size,
@@ -114,7 +150,7 @@ class EngineConfig:
         )
         return Engine(
             executor,
-            PriorityScheduler(config=config),
+            PriorityScheduler(config=config, cost_model=CostModel(executor.cost_prior)),
             tokenizer,
             max_num_queued_reqs=self.max_num_queued_reqs,
             max_queued_tokens=self.max_queued_tokens,
@@ -142,5 +178,28 @@ class EngineConfig:
             deterministic=self.deterministic,
             max_step_ms=self.max_step_ms,
             slos=self.slos,
+            sharing=self.sharing,
             eos_token_ids=eos_token_ids,
         )
+
+
+def _make_openvino_executor(settings: ExecutorSettings, progress: Progress | None) -> Executor:
+    # OpenVINO takes a second to import; settings are refused and help is printed without it.
+    from headway.executor.openvino import OpenVINOExecutor  # noqa: PLC0415
+
+    executor = OpenVINOExecutor(
+        settings.model_path,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        swap_space_bytes=settings.swap_space_bytes,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        num_threads=settings.num_threads,
+        progress=progress,
+    )
+    if executor.vocab_size != settings.vocab_size:
+        executor.close()
+        raise UnsupportedModel(
+            f"{settings.model_path} has {settings.vocab_size} tokens and {executor.vocab_size} "
+            "embeddings, must have as many"
+        )
+    return executor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from headway.core.errors import InvalidRequest, UnsupportedModel
+from headway.core.errors import InvalidRequest, QueueFull, UnsupportedModel
 from headway.core.request import Request, SamplingParams
 from headway.engine.chat_template import ChatTemplate
+from headway.engine.client import Prompt
 from headway.engine.config import EngineConfig
 from headway.engine.config import Progress as StartProgress
 from headway.engine.engine import Engine
@@ -22,9 +24,6 @@ from headway.engine.outputs import RequestOutput
 from headway.engine.tokenizer import Tokenizer
 
 __all__ = ["LLM", "Prompt", "tokenize_prompt"]
-
-#: A text, or its tokens.
-Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -55,6 +54,8 @@ class LLM:
             settings["model"] = model
         #: The engine; step it yourself only while ``generate`` does not run.
         self.engine: Engine = EngineConfig(**settings).build(progress)
+        #: The model's chat template, once a conversation has needed it.
+        self._chat_template: ChatTemplate | None = None
         self._ids = itertools.count()
 
     @property
@@ -68,6 +69,7 @@ class LLM:
         prompts: str | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        n: int = 1,
         priority: int | Sequence[int] = 0,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
@@ -76,9 +78,13 @@ class LLM:
         Args:
             prompts: one text, or a sequence of texts and token lists.
             sampling_params: for all, or one for each prompt.
+            n: choices for each prompt, which is computed once.
             priority: for all, or one for each prompt; smaller is served first.
             use_tqdm: a progress bar on standard error; None = if that is a terminal. (vLLM's
                 name; the bar is rich's.)
+
+        A request that fails or is turned away does not cost the others their results: its own has
+        the ``error``, and what was generated before.
 
         Raises:
             InvalidRequest: a prompt or parameter is out of range; nothing was generated.
@@ -89,12 +95,13 @@ class LLM:
         requests = [
             Request(
                 f"llm-{next(self._ids)}",
-                one_priority,
+                own_priority,
                 prompt,
                 prompt_token_ids=tokenize_prompt(self.tokenizer, prompt),
-                sampling_params=one_params,
+                sampling_params=own_params,
+                n=n,
             )
-            for prompt, one_params, one_priority in zip(prompts, params, priorities, strict=True)
+            for prompt, own_params, own_priority in zip(prompts, params, priorities, strict=True)
         ]
         for request in requests:
             self.engine.check(request)
@@ -105,6 +112,7 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        n: int = 1,
         priority: int | Sequence[int] = 0,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
@@ -118,7 +126,7 @@ class LLM:
         if conversations and isinstance(conversations[0], Mapping):
             conversations = [conversations]
         prompts = [self.render_chat(conversation) for conversation in conversations]
-        return self.generate(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, n=n, priority=priority, use_tqdm=use_tqdm)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a conversation, ready for the assistant's turn.
@@ -128,10 +136,14 @@ class LLM:
             InvalidRequest: the template refuses the messages.
         """
         tokenizer = self.tokenizer
-        if tokenizer.chat_template is None:
-            raise UnsupportedModel("the model's file has no chat template; use generate")
-        template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
-        return tokenizer.encode(template.render(messages), add_special_tokens=False)
+        if self._chat_template is None:
+            if tokenizer.chat_template is None:
+                raise UnsupportedModel("the model's file has no chat template; use generate")
+            self._chat_template = ChatTemplate(
+                tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token
+            )
+        text = self._chat_template.render(messages)
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def close(self) -> None:
         """Release the model."""
@@ -150,33 +162,71 @@ class LLM:
             disable=not (console.is_terminal if use_bar is None else use_bar),
             transient=True,
         )
-        pending = iter(requests)
-        upcoming = next(pending, None)
+        feed = _Feed(self.engine, requests)
         num_left, num_tokens, begin = len(requests), 0, self.engine.clock()
         with bar, _interrupts_between_steps() as check_interrupt:
             task = bar.add_task("", total=len(requests), rate=0.0)
             try:
                 while num_left:
                     check_interrupt()
-                    while upcoming is not None and self.engine.has_room:
-                        self.engine.submit(upcoming)
-                        results[upcoming.request_id] = RequestOutput.of(upcoming)
-                        upcoming = next(pending, None)
+                    for request in feed.submit():
+                        results[request.request_id] = RequestOutput.of(request)
                     for output in self.engine.step():
-                        result = results.get(output.request.request_id)
+                        result = results.get(output.request_id)
                         if result is None:
-                            continue  # of a request that somebody submitted to the engine itself
+                            continue  # of a request that was submitted to the engine itself
+                        feed.has_left(output.request_id)
                         result.extend(output)
                         num_tokens += len(output.token_ids)
-                        if output.error is not None:
-                            raise output.error
-                        num_left -= output.finish_reason is not None
+                        num_left -= output.is_last
                     elapsed = max(self.engine.clock() - begin, 1e-9)
                     bar.update(task, completed=len(requests) - num_left, rate=num_tokens / elapsed)
             except BaseException:
                 self.engine.abort_all()  # Ctrl-C, too, must leave an engine that can be used
                 raise
         return list(results.values())
+
+
+class _Feed:
+    """Submits requests in their order, no faster than the engine's queue takes them.
+
+    A request counts as queued until something comes out of it. Of one that is too large for the
+    queue, the engine decides.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self._engine = engine
+        self._upcoming = deque(requests)
+        #: Prompt tokens of the requests that are in the queue, as far as is known here, by id.
+        self._queued: dict[str, int] = {}
+        #: Their sum.
+        self._num_queued_tokens = 0
+
+    def submit(self) -> Iterator[Request]:
+        """Submit as many as there is room for."""
+        while self._upcoming and self._has_room(self._upcoming[0]):
+            request = self._upcoming[0]
+            try:
+                self._engine.submit(request)
+            except QueueFull:
+                return  # the ring is full until the next step
+            self._upcoming.popleft()
+            self._queued[request.request_id] = request.num_prompt_tokens
+            self._num_queued_tokens += request.num_prompt_tokens
+            yield request
+
+    def has_left(self, request_id: str) -> None:
+        """Something has come out of a request."""
+        self._num_queued_tokens -= self._queued.pop(request_id, 0)
+
+    def _has_room(self, request: Request) -> bool:
+        if not self._queued:
+            return True
+        limits = self._engine.queue_limits
+        if len(self._queued) >= limits.max_num_reqs:
+            return False
+        num_tokens = self._num_queued_tokens + request.num_prompt_tokens
+        return limits.max_tokens is None or num_tokens <= limits.max_tokens
 
 
 def tokenize_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
@@ -217,7 +267,7 @@ def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
     """Hold Ctrl-C back until a step is over: half a step would leave no usable engine.
 
     Nothing is lost by it, since the inference in a step cannot be interrupted anyway. Where
-    somebody else handles the signal, or in another thread than the main one, it is left alone.
+    another handler has the signal, or in another thread than the main one, it is left alone.
     """
     is_pressed = False
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from headway.core.request import Request
-from headway.engine.outputs import metrics_of
+from headway.engine.outputs import RequestMetrics
 
 __all__ = ["ClassSummary", "percentile", "summarize"]
 
@@ -45,9 +44,9 @@ class ClassSummary:
     num_recomputed_tokens: int
 
 
-def summarize(requests: Iterable[Request]) -> list[ClassSummary]:
+def summarize(requests: Iterable[RequestMetrics]) -> list[ClassSummary]:
     """One summary per priority, most urgent first. Requests without a token are left out."""
-    by_priority: dict[int, list[Request]] = {}
+    by_priority: dict[int, list[RequestMetrics]] = {}
     for request in requests:
         if request.finish_time is not None and request.first_token_time is not None:
             by_priority.setdefault(request.priority, []).append(request)
@@ -63,10 +62,9 @@ def percentile(values: Sequence[float], rank: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
-def _summary(priority: int, requests: Sequence[Request]) -> ClassSummary:
-    metrics = [metrics_of(request) for request in requests]
-    ttfts = [one.ttft for one in metrics if one.ttft is not None]
-    latencies = [one.latency for one in metrics if one.latency is not None]
+def _summary(priority: int, requests: Sequence[RequestMetrics]) -> ClassSummary:
+    ttfts = [request.ttft for request in requests if request.ttft is not None]
+    latencies = [request.latency for request in requests if request.latency is not None]
     tpots = [
         (request.finish_time - request.first_token_time) / (request.num_output_tokens - 1)
         for request in requests
@@ -84,7 +82,7 @@ def _summary(priority: int, requests: Sequence[Request]) -> ClassSummary:
         latency_p99=percentile(latencies, 99),
         tpot_mean=sum(tpots) / len(tpots) if tpots else None,
         num_output_tokens=sum(request.num_output_tokens for request in requests),
-        num_pauses=sum(one.num_pauses for one in metrics),
-        num_preemptions=sum(one.num_preemptions for one in metrics),
-        num_recomputed_tokens=sum(one.num_recomputed_tokens for one in metrics),
+        num_pauses=sum(request.num_pauses for request in requests),
+        num_preemptions=sum(request.num_preemptions for request in requests),
+        num_recomputed_tokens=sum(request.num_recomputed_tokens for request in requests),
     )

@@ -1,33 +1,56 @@
-"""The bounded queue: who waits too long, and who is one too many.
+"""The bounded queue: which requests wait too long, and which are too many.
 
-Only requests that have never been in a step are in the queue: nobody who has begun to answer is
-turned away. The limits are applied after a step has been scheduled, to those who got no place in
-it: the least urgent leaves first, be it the newcomer or somebody it outranks.
+Only requests that have never been in a step are in the queue: a request that has begun to answer
+is never turned away. The limits are applied after a step has been scheduled, to the requests that
+got no place in it. The least urgent of them leaves first, be it the newcomer or a request that the
+newcomer outranks.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
-from operator import attrgetter
+from collections.abc import Callable, Iterator
 
 from headway.core.errors import Overloaded, QueueFull, QueueTimeout
-from headway.core.forecast import Forecast
+from headway.core.policy import Key
 from headway.core.request import Request, RequestStatus
 from headway.core.scheduler import PriorityScheduler
 
 __all__ = ["QueueLimits"]
 
-_KEY = attrgetter("key")
+#: While there is a queue, so few entries of requests that have left it are not worth a clean-up.
+_SLACK = 64
+
+
+class _Ranked:
+    """A queued request in the heap, which has the least urgent request at its root."""
+
+    __slots__ = ("key", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        #: The rank that the heap is ordered by; the request's own is another once it is re-ranked.
+        self.key: Key = request.key
+
+    def __lt__(self, other: _Ranked) -> bool:
+        return other.key < self.key
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether the request is queued, with this rank."""
+        return self.request.status is RequestStatus.WAITING and self.request.key is self.key
 
 
 class QueueLimits:
-    """Finds whom to turn away; touched by the stepping thread only.
+    """Finds the requests to turn away; touched by the stepping thread only.
+
+    A request that has left the queue is not searched for: its entries are passed over, and dropped
+    when they are more than half of all, or the queue is empty.
 
     Args:
         scheduler: whose queue it is.
-        forecast: says when to try again.
+        slots_ms: times until one, two, three … residents have made room; see ``Forecast``.
         max_num_reqs: requests that may be queued.
         max_tokens: tokens of their prompts; None = no limit.
         timeout: seconds that a request may be queued; None = no limit.
@@ -36,26 +59,39 @@ class QueueLimits:
     def __init__(
         self,
         scheduler: PriorityScheduler,
-        forecast: Forecast,
+        slots_ms: Callable[[], Iterator[float]],
         max_num_reqs: int,
         max_tokens: int | None,
         timeout: float | None,
     ) -> None:
         self._scheduler = scheduler
-        self._forecast = forecast
+        self._slots_ms = slots_ms
         self.max_num_reqs = max_num_reqs
         self.max_tokens = max_tokens
         self.timeout = timeout
-        #: (when it is overdue, request), in order of arrival at the scheduler.
+        #: A heap of all queued requests, the least urgent at the root; and of some that have left.
+        self._ranked: list[_Ranked] = []
+        #: (when it is overdue, request) in order of arrival; likewise.
         self._due: deque[tuple[float, Request]] = deque()
 
     def enter(self, request: Request, now: float) -> None:
-        """``request`` has been added to the scheduler. O(1)."""
+        """``request`` has been added to the scheduler. O(log queued)."""
+        heapq.heappush(self._ranked, _Ranked(request))
         if self.timeout is not None:
             self._due.append((now + self.timeout, request))
 
+    def rerank(self, request: Request) -> None:
+        """``request`` has another rank than before. O(log queued)."""
+        if request.status is RequestStatus.WAITING:
+            heapq.heappush(self._ranked, _Ranked(request))
+
     def overdue(self, now: float) -> Iterator[tuple[Request, Overloaded]]:
-        """Those who have waited too long. O(1) a request, in all."""
+        """The requests that have waited too long; each must leave the queue at once.
+
+        O(1) a request, over all calls, and O(residents · log residents) a step with any.
+        """
+        self._drop_left()
+        slots_ms = self._slots_ms()
         while self._due and self._due[0][0] <= now:
             _, request = self._due.popleft()
             if request.status is RequestStatus.WAITING:
@@ -64,39 +100,42 @@ class QueueLimits:
                     QueueTimeout(
                         f"request {request.request_id!r} has waited for {self.timeout:g} s, "
                         "longer than a request may",
-                        self._retry_after(1),
+                        next(slots_ms) / 1e3,
                     ),
                 )
 
     def surplus(self) -> Iterator[tuple[Request, Overloaded]]:
-        """Those for whom there is no room, least urgent first; each must leave the queue at once.
+        """The requests for which there is no room, least urgent first.
 
-        O(1) while the limits hold, else O(waiting) and a step.
+        Each must leave the queue before the next is asked for. O(1) while the limits hold, else
+        O(log queued) for each of the requests, and O(residents · log residents) a step.
         """
-        scheduler = self._scheduler
-        num_refused = 0
-        while (excess := self._excess()) is not None:
-            num_excess, reason = excess
-            queued = (one for one in scheduler.waiting_heap if one.status is RequestStatus.WAITING)
-            for request in heapq.nlargest(num_excess, queued, key=_KEY):
-                num_refused += 1
-                yield request, QueueFull(reason, self._retry_after(num_refused))
+        slots_ms = self._slots_ms()
+        while self._ranked and (reason := self._excess()) is not None:
+            entry = heapq.heappop(self._ranked)
+            if entry.is_queued:
+                yield entry.request, QueueFull(reason, next(slots_ms) / 1e3)
 
-    def _excess(self) -> tuple[int, str] | None:
-        """How many at least must leave, and why."""
-        num_queued, num_tokens = self._scheduler.num_queued, self._scheduler.num_queued_tokens
+    def _excess(self) -> str | None:
+        """Why the least urgent request must leave, if it must."""
+        table = self._scheduler.table
+        num_queued, num_tokens = table.num_queued, table.num_queued_tokens
         if num_queued > self.max_num_reqs:
-            return (
-                num_queued - self.max_num_reqs,
-                f"{self.max_num_reqs} requests at least as urgent are waiting, no more may",
-            )
+            return f"{self.max_num_reqs} requests at least as urgent are waiting, no more may"
         if self.max_tokens is not None and num_tokens > self.max_tokens:
             return (
-                1,
                 f"{num_tokens} prompt tokens are waiting, at most {self.max_tokens} may, and this "
-                "request is the least urgent",
+                "request is the least urgent"
             )
         return None
 
-    def _retry_after(self, count: int) -> float:
-        return self._forecast.next_slot_ms(count) / 1e3
+    def _drop_left(self) -> None:
+        """Keep about as many entries as requests are queued. O(1) a request, over all calls."""
+        num_queued = self._scheduler.table.num_queued
+        most = 2 * num_queued + _SLACK if num_queued else 0
+        if len(self._ranked) > most:
+            self._ranked = [entry for entry in self._ranked if entry.is_queued]
+            heapq.heapify(self._ranked)
+        if len(self._due) > most:
+            waiting = RequestStatus.WAITING
+            self._due = deque(entry for entry in self._due if entry[1].status is waiting)

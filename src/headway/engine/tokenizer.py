@@ -127,7 +127,9 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InvalidRequest(f"a text is wanted, not a value of type {type(text).__name__}")
         try:
-            ids: list[int] = codec.encode(text, add_special_tokens=False).ids
+            # Unlike ``encode``, it lets other threads run meanwhile.
+            (encoding,) = codec.encode_batch_fast([text], add_special_tokens=False)
+            ids: list[int] = encoding.ids
         except TypeError:
             # The library takes a string that it cannot convert to UTF-8 for no string at all.
             _refuse_surrogates(text)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
+from headway.core.policy import PriorityPolicy
 from headway.core.request import Request, SamplingParams
 from headway.core.scheduler import PriorityScheduler
 from headway.engine.engine import Engine
@@ -34,8 +35,19 @@ def warm_up(engine: Engine, progress: Callable[[float], None] | None = None) -> 
     assert not engine.has_work
     assert engine.tokenizer is not None
     scheduler = engine.scheduler
-    config = replace(scheduler.config, max_step_ms=None, slos=(), enable_prefix_caching=True)
-    own = Engine(engine.executor, PriorityScheduler(config=config, cost_model=scheduler.cost_model))
+    # A policy of its own: the engine's may keep what it is shown.
+    config = replace(
+        scheduler.config,
+        policy=PriorityPolicy.name,
+        max_step_ms=None,
+        slos=(),
+        enable_prefix_caching=True,
+    )
+    own = Engine(
+        engine.executor,
+        PriorityScheduler(config=config, cost_model=scheduler.cost_model),
+        clock=engine.clock,
+    )
     vocab_size = engine.tokenizer.vocab_size
     chance = random.Random(0)
     longest = min(_CONTEXT, config.max_request_tokens - _NUM_TOKENS)
@@ -71,3 +83,4 @@ def warm_up(engine: Engine, progress: Callable[[float], None] | None = None) -> 
             if progress is not None:
                 progress(num_done / (len(rounds) * len(one_round)))
     scheduler.cost_model.calibrate()
+    engine.publish_statistics()

@@ -7,17 +7,16 @@ only takes the time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from headway.core.errors import InternalError
-from headway.core.request import Request
 from headway.core.scheduler_output import SchedulerOutput
 
-__all__ = ["Executor", "ModelRunnerOutput", "PromptLogprobs", "TokenLogprobs", "positions_to_rate"]
+__all__ = ["Executor", "ModelRunnerOutput", "PromptLogprobs", "TokenLogprobs", "accept_drafts"]
 
-_NONE: Final[Mapping[int, Any]] = MappingProxyType({})
+#: No dictionary that may be changed, and, unlike ``MappingProxyType``, one that can be pickled.
+_NONE: Final[Mapping[int, Any]] = {}
 
 
 class TokenLogprobs(NamedTuple):
@@ -43,29 +42,29 @@ class PromptLogprobs(NamedTuple):
 
 
 class ModelRunnerOutput(NamedTuple):
-    """What a step produced.
+    """What a step produced. A value: it refers to none of the executor's arrays; can be pickled.
 
-    The mappings go by index in the step and hold those requests only that they concern.
+    The mappings go by index of the row in the step and hold those rows only that they concern.
 
     Attributes:
-        sampled_token_ids: parallel to the scheduled requests; None where the scheduled tokens
-            do not reach the request's last one, so that nothing was sampled, and for those with
-            an error.
+        tokens: parallel to the rows. () where the row has no seed, so that nothing was sampled,
+            and where it has an error. With one seed: the drafts that were accepted, then one new
+            token. With several: the first token of each of the sequences.
         swap_ms: of the step's time, what copying between pool and swap space took.
-        logprobs: of the sampled tokens, where ``SamplingParams.logprobs`` asks for them.
-        prompt_logprobs: of the prompt tokens at ``positions_to_rate``.
-        errors: why a request cannot go on, while the others can.
+        logprobs: of each of the row's ``tokens``, where ``SamplingParams.logprobs`` asks for them.
+        prompt_logprobs: of the tokens of the row's ``rated``.
+        errors: why a row's request cannot go on, while the others can.
     """
 
-    sampled_token_ids: list[int | None]
+    tokens: list[tuple[int, ...]]
     swap_ms: float = 0.0
-    logprobs: Mapping[int, TokenLogprobs] = _NONE
+    logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = _NONE
     prompt_logprobs: Mapping[int, PromptLogprobs] = _NONE
     errors: Mapping[int, InternalError] = _NONE
 
 
 class Executor(Protocol):
-    """Runs steps, one at a time, from one thread."""
+    """Runs steps, one at a time, from one thread. It knows of a step what the step says."""
 
     #: KV blocks in the pool.
     num_blocks: int
@@ -76,8 +75,13 @@ class Executor(Protocol):
     #: The longest context the model can attend to, in tokens.
     max_model_len: int
 
+    @property
+    def cost_prior(self) -> Sequence[float]:
+        """A first guess of what a step costs here (ms): the ``coefficients`` of a ``CostModel``."""
+        ...
+
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """Do ``output``'s swap-outs, block copies and swap-ins, in that order; then its tokens."""
+        """Do ``output``'s swap-outs, block copies and swap-ins, in that order; then its rows."""
         ...
 
     def close(self) -> None:
@@ -85,12 +89,23 @@ class Executor(Protocol):
         ...
 
 
-def positions_to_rate(request: Request, num_scheduled_tokens: int) -> range:
-    """Which tokens of the prompt a step rates, for a request that asks for ``prompt_logprobs``.
+def accept_drafts(sampled: Iterable[int], drafts: Sequence[int]) -> tuple[int, ...]:
+    """The tokens that a row yields: as many drafts as were right, and one token more.
 
-    Computing a token says how likely each is to follow it. So the first token of a prompt has no
-    log-probability, and what is computed again has been rated before.
+    A draft is right if it is the token that would have been sampled in its place, so a sequence is
+    the same with drafts and without (Leviathan, Kalman and Matias, "Fast Inference from
+    Transformers via Speculative Decoding", ICML 2023, for draws that are fixed beforehand).
+
+    Args:
+        sampled: item i is the token drawn after the row's tokens and its first i drafts, for
+            0 ≤ i ≤ ``len(drafts)``. Nothing is taken from it behind the first wrong draft: those
+            tokens were drawn after something that the sequence does not have.
+        drafts: the proposed tokens.
     """
-    start = max(request.num_computed_tokens, request.peak_computed_tokens)
-    end = request.num_computed_tokens + num_scheduled_tokens
-    return range(start + 1, min(end + 1, request.num_prompt_tokens))
+    accepted: list[int] = []
+    for token_id in sampled:
+        place = len(accepted)
+        accepted.append(token_id)
+        if place == len(drafts) or token_id != drafts[place]:
+            break
+    return tuple(accepted)

@@ -12,13 +12,15 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from headway.core.request import Request, SamplingParams
+from headway.core.sampling_params import SamplingParams
+from headway.core.scheduler_output import RatedPrompt, StepRow
 from headway.executor.batch import StepBatch, StepResult
 
 __all__ = ["Invariance", "check_batch_invariance", "remembered_invariance"]
@@ -44,8 +46,8 @@ _BESIDE: Final = (
     (40, 150, True),
 )
 
-_PLAIN: Final = SamplingParams(temperature=1.0, seed=0)
-_RATED: Final = SamplingParams(temperature=1.0, seed=0, prompt_logprobs=0)
+#: Not greedy, so that the graph hands the logits over.
+_SAMPLING: Final = SamplingParams(temperature=1.0, prompt_logprobs=0)
 
 
 class Invariance(NamedTuple):
@@ -94,7 +96,7 @@ class _Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def batch(self, requests: Sequence[Request], num_tokens: Sequence[int]) -> StepBatch: ...
+    def batch(self, rows: Sequence[StepRow]) -> StepBatch: ...
 
     def forward(self, batch: StepBatch) -> StepResult: ...
 
@@ -104,7 +106,8 @@ def remembered_invariance(runner: _Runner, directory: Path, facts: str) -> Invar
     name = hashlib.sha256(f"{_VERSION} {facts}".encode()).hexdigest()[:16]
     file = directory / f"invariance-{name}.json"
     try:
-        return Invariance(**{key: bool(one) for key, one in json.loads(file.read_text()).items()})
+        outcome = json.loads(file.read_text())
+        return Invariance(**{part: bool(holds) for part, holds in outcome.items()})
     except (OSError, ValueError, TypeError, AttributeError):
         pass
     invariance = check_batch_invariance(runner)
@@ -115,7 +118,7 @@ def remembered_invariance(runner: _Runner, directory: Path, facts: str) -> Invar
 
 
 def check_batch_invariance(runner: _Runner) -> Invariance:
-    """Run the check. Overwrites the pool's blocks: for a pool that nobody uses yet."""
+    """Run the check. Overwrites the pool's blocks: for a pool that is not in use yet."""
     check = _Check(runner)
     if not check.fits:
         return Invariance(False, False, False, checked=False)
@@ -143,45 +146,59 @@ class _Check:
             runner.num_blocks >= per_seq * (_NUM_SEQS + 1)
             and runner.max_model_len >= neighbour_length
         )
-        self._requests = []
+        #: Prompts, each with one token more: the first generated one.
+        self._sequences: list[tuple[int, ...]] = []
+        self._block_tables: list[tuple[int, ...]] = []
         for index in range(_NUM_SEQS + 1):
             length = neighbour_length if index == _NUM_SEQS else _PROMPT - 3 * index
-            tokens = random.integers(0, runner.vocab_size, length + 1).tolist()
-            request = Request(f"check-{index}", prompt=tokens[:-1], sampling_params=_PLAIN)
-            request.block_table = list(range(index * per_seq, (index + 1) * per_seq))
-            # One token more than the prompt: the first generated one.
-            request.token_ids.append(tokens[-1])
-            self._requests.append(request)
+            self._sequences.append(
+                tuple(random.integers(0, runner.vocab_size, length + 1).tolist())
+            )
+            self._block_tables.append(tuple(range(index * per_seq, (index + 1) * per_seq)))
 
-    def _run(self, requests: Sequence[Request], counts: Sequence[int]) -> FloatArray:
-        """The logits of the requests that reach their last token, then those of rated ones."""
-        batch = self._runner.batch(requests, counts)
-        return np.array(self._runner.forward(batch).logits)
+    def _row(self, index: int, start: int, end: int, is_rated: bool = False) -> StepRow:
+        """Computes the positions ``start`` … ``end`` − 1 of a sequence.
+
+        Its logits are handed over where it reaches the sequence's end, and those that tell of its
+        prompt's next tokens if it ``is_rated``.
+        """
+        tokens = self._sequences[index]
+        prompt = tokens[:-1]
+        told = prompt[start + 1 : end + 1]
+        return StepRow(
+            f"check-{index}",
+            0,
+            tokens[start:end],
+            start,
+            self._block_tables[index],
+            len(prompt),
+            _SAMPLING,
+            seeds=(0,) if end == len(tokens) else (),
+            context=tokens[:start],
+            rated=RatedPrompt(start + 1, told) if is_rated and told else None,
+        )
+
+    def _run(self, rows: Sequence[StepRow]) -> FloatArray:
+        """The logits of the rows that reach their sequence's end, then those of rated ones."""
+        return np.array(self._runner.forward(self._runner.batch(rows)).logits)
 
     def prefill(self) -> None:
-        requests = self._requests[:-1]
-        self._run(requests, [request.num_prompt_tokens for request in requests])
-        for request in requests:
-            request.num_computed_tokens = request.num_prompt_tokens
+        self._run(
+            [self._row(index, 0, len(self._sequences[index]) - 1) for index in range(_NUM_SEQS)]
+        )
 
     def decode(self, order: Iterable[int], chunk: int = 0, is_rated: bool = False) -> FloatArray:
         """The logits after one more token of these sequences, beside so many prompt tokens."""
-        requests = [self._requests[index] for index in order]
-        counts = [1] * len(requests)
+        lengths = [(index, len(self._sequences[index])) for index in order]
+        rows = [self._row(index, length - 1, length) for index, length in lengths]
         if chunk:
-            neighbour = self._requests[-1]
-            neighbour.sampling_params = _RATED if is_rated else _PLAIN
-            return self._run([*requests, neighbour], [*counts, chunk])[: len(requests)]
-        return self._run(requests, counts)
+            return self._run([*rows, self._row(_NUM_SEQS, 0, chunk, is_rated)])[: len(rows)]
+        return self._run(rows)
 
     def chunked(self, size: int) -> FloatArray:
         """The logits of a prompt, prefilled in chunks of ``size``, and of the token after it."""
-        request = self._requests[0]
-        request.sampling_params = _RATED
-        request.num_computed_tokens = 0
-        rows = []
-        while request.num_computed_tokens < request.num_prompt_tokens:
-            count = min(size, request.num_prompt_tokens - request.num_computed_tokens)
-            rows.append(self._run([request], [count]))
-            request.num_computed_tokens += count
-        return np.concatenate([*rows, self._run([request], [1])])
+        num_prompt_tokens = len(self._sequences[0]) - 1
+        cuts = [*range(0, num_prompt_tokens, size), num_prompt_tokens, num_prompt_tokens + 1]
+        return np.concatenate(
+            [self._run([self._row(0, *chunk, is_rated=True)]) for chunk in pairwise(cuts)]
+        )

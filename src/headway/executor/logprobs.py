@@ -52,14 +52,14 @@ class LogprobReader:
         return TokenLogprobs(
             token_id,
             float(row[token_id]) - shift,
-            tuple((one, float(row[one]) - shift) for one in top),
+            tuple((likely, float(row[likely]) - shift) for likely in top),
         )
 
     def _top(self, row: npt.NDArray[np.float32], count: int) -> list[int]:
         """The ``count`` tokens with the largest logits, in order; ties: the smaller id.
 
         As many blocks have a maximum of at least ``edge``, so as many tokens have, and few others:
-        only those are sorted.
+        only these candidates are sorted.
         """
         maxima = np.maximum.reduceat(row, self._starts)
         edge = np.partition(maxima, -count)[-count] if count <= maxima.size else row.min()

@@ -7,24 +7,37 @@ Random Numbers: As Easy as 1, 2, 3", SC'11), keyed by the seed, its counter the 
 request that was paused, swapped out, recomputed or batched with others draws the same tokens as
 one that ran alone, and nothing has to be saved when it yields.
 
-The order of the steps is vLLM's: temperature, then top-k, then top-p. One thing is stricter: of
-tokens with equal logits at the edge of the top k, those with the smaller ids stay, so that exactly
-k do, and ``top_k=1`` is the greedy choice. Greedy ties, too, go to the smaller id. Before all that,
-biases are added to the logits and penalties taken off them, also where the choice is greedy.
+The order of the steps is vLLM's (V1 engine):
+
+1. banned tokens get no chance: their logits become −∞;
+2. biases are added;
+3. penalties: repetition over prompt and output, then frequency and presence over the output;
+4. where the choice is greedy, the largest logit is chosen, and the rest does not matter;
+5. temperature;
+6. min-p;
+7. top-k, then top-p over what both left;
+8. one of the tokens left is drawn.
+
+One thing is stricter: of tokens with equal logits at the edge of the top k, those with the smaller
+ids stay, so that exactly k do, and ``top_k=1`` is the greedy choice. Greedy ties, too, go to the
+smaller id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from headway.core.errors import InternalError
-from headway.core.request import SamplingParams
+from headway.core.sampling_params import SamplingParams
 
-__all__ = ["Sampler", "likeliest", "sample", "uniform"]
+__all__ = ["Sampler", "TokenIds", "likeliest", "uniform"]
+
+#: Token ids; of a numpy array or an ``array.array``, no element is looked at in Python.
+TokenIds = Collection[int] | npt.NDArray[np.int64]
 
 # Below it, division would overflow for logits that differ at all; vLLM's limit for "greedy".
 _GREEDY_TEMPERATURE: Final = 1e-5
@@ -35,6 +48,8 @@ _BLOCK: Final = 256
 
 # The buckets of `_nucleus`: the exponent and the five leading bits of the mantissa of a float32.
 _BUCKET_SHIFT: Final = np.uint32(18)
+
+_LARGEST: Final = float(np.finfo(np.float32).max)
 
 _MASK64: Final = (1 << 64) - 1
 
@@ -62,38 +77,48 @@ class Sampler:
         logits: npt.NDArray[np.floating],
         params: SamplingParams,
         position: int,
-        generated: Sequence[int] = (),
+        seed: int | None,
+        num_prompt_tokens: int = 0,
+        tokens: TokenIds = (),
+        banned: Collection[int] = (),
     ) -> int:
-        """Choose a token id. O(vocabulary): nothing of the size of the vocabulary is sorted.
+        """Choose a token id. O(vocabulary + tokens): nothing of that size is sorted.
 
         Args:
             logits: one row, of the vocabulary's length; ``-inf`` forbids a token. Not modified.
-            params: its ``seed`` must be set unless the choice is greedy.
+            params: how to choose; their own ``seed`` is not looked at.
             position: the index in the sequence of the token to be chosen, which makes its random
-                number different from that of every other token of the request.
-            generated: the tokens of the output so far, which penalties are for.
+                number different from that of every other token of the sequence.
+            seed: of the sequence; None only where the choice is greedy.
+            num_prompt_tokens: of ``tokens``, how many are the prompt.
+            tokens: the sequence so far, for penalties; may be empty unless
+                ``params.needs_history``.
+            banned: tokens that must not be chosen; ids outside of the vocabulary change nothing.
 
         Raises:
-            InternalError: the logits are not such a row, none of them is finite, one is NaN or
-                infinitely large, or the seed is missing.
+            InternalError: the logits are not such a row, none of them is finite or all that are
+                finite are banned, one is NaN or infinitely large, or the seed is missing.
         """
         row = np.asarray(logits, dtype=np.float32)
         if row.shape != self._distance.shape:
             raise InternalError(f"logits of shape {row.shape}, wanted {self._distance.shape}")
         best = likeliest(row)
-        if params.logit_bias or params.presence_penalty or params.frequency_penalty:
-            row = self._adjusted(row, params, generated)
-            best = int(row.argmax())
+        if banned or params.logit_bias or params.needs_history:
+            row = self._adjusted(row, params, num_prompt_tokens, tokens, banned)
+            best = likeliest(row)
         if params.temperature < _GREEDY_TEMPERATURE or params.top_k == 1:
             return best
-        if params.seed is None:
+        if seed is None:
             raise InternalError("a request that samples has no seed")
 
         # Everything below works on how far a logit lies under the largest one: never negative, so
         # its bits are ordered like its value. An adjusted row is in ``_distance`` already.
         # A difference too large for a float32 becomes infinite: a token of no weight, as it is.
         with np.errstate(over="ignore"):
-            distance = np.subtract(row[best], row, out=self._distance)
+            # A largest logit of −0 would make distances of −0, whose bits are not in order.
+            distance = np.subtract(row[best] + np.float32(0.0), row, out=self._distance)
+        # Min-p and top-k both keep a beginning of the ranking, which temperature does not change,
+        # so their order does not matter. The cheapest goes first.
         chosen: npt.NDArray[np.intp] | None = None  # the ids left, ascending; None: all of them
         if 0 < params.top_k < row.size:
             chosen = self._nearest(distance, params.top_k)
@@ -102,22 +127,39 @@ class Sampler:
             distance /= np.float32(params.temperature)
         weights = np.negative(distance, out=self._weights[: distance.size])
         np.exp(weights, out=weights)
+        if params.min_p > 0.0:
+            # The largest weight is 1, so the others are what they are relative to it.
+            weights *= weights >= np.float32(params.min_p)
         if params.top_p < 1.0:
             weights *= self._nucleus(distance, weights, params.top_p)
-        index = _draw(weights, uniform(params.seed, position))
+        index = _draw(weights, uniform(seed, position))
         return index if chosen is None else int(chosen[index])
 
     def _adjusted(
-        self, row: npt.NDArray[np.float32], params: SamplingParams, generated: Sequence[int]
+        self,
+        row: npt.NDArray[np.float32],
+        params: SamplingParams,
+        num_prompt_tokens: int,
+        tokens: TokenIds,
+        banned: Collection[int],
     ) -> npt.NDArray[np.float32]:
-        """The logits with biases and penalties. O(vocabulary + generated·log generated)."""
+        """The logits with bans, biases and penalties. O(vocabulary + tokens)."""
         adjusted = self._distance
         adjusted[:] = row
+        if banned:
+            adjusted[[token_id for token_id in banned if token_id < row.size]] = -np.inf
         if params.logit_bias:
             adjusted[list(params.logit_bias)] += list(params.logit_bias.values())
-        if generated and (params.presence_penalty or params.frequency_penalty):
-            token_ids, counts = np.unique(np.array(generated), return_counts=True)
-            adjusted[token_ids] -= params.presence_penalty + params.frequency_penalty * counts
+        if params.needs_history and len(tokens):
+            token_ids = np.asarray(tokens, dtype=np.int64)
+            if params.repetition_penalty != 1.0:
+                # A token that is there several times gets the same new value as often.
+                adjusted[token_ids] = _repelled(adjusted[token_ids], params.repetition_penalty)
+            if params.frequency_penalty or params.presence_penalty:
+                counts = np.bincount(token_ids[num_prompt_tokens:])
+                generated = np.flatnonzero(counts)
+                penalties = params.frequency_penalty * counts[generated] + params.presence_penalty
+                adjusted[generated] -= penalties
         return adjusted
 
     def _nearest(self, distance: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
@@ -169,16 +211,6 @@ def likeliest(row: npt.NDArray[np.float32]) -> int:
     return best
 
 
-def sample(
-    logits: npt.NDArray[np.floating],
-    params: SamplingParams,
-    position: int,
-    generated: Sequence[int] = (),
-) -> int:
-    """Choose a token id from one row; :meth:`Sampler.sample` without a sampler to keep."""
-    return Sampler(np.asarray(logits).size).sample(logits, params, position, generated)
-
-
 def uniform(seed: int, position: int) -> float:
     """The random number in [0, 1) of one position of one request's sequence, with 53 bits.
 
@@ -199,6 +231,20 @@ def uniform(seed: int, position: int) -> float:
         key0 = (key0 + 0x9E3779B97F4A7C15) & _MASK64
         key1 = (key1 + 0xBB67AE8584CAA73B) & _MASK64
     return (word0 >> 11) * 2.0**-53
+
+
+def _repelled(logits: npt.NDArray[np.float32], penalty: float) -> npt.NDArray[np.float64]:
+    """Positive logits divided by ``penalty``, the others multiplied.
+
+    What a float32 has no number for becomes its largest or smallest finite number: a logit that
+    was finite stays so, and one that was not, too.
+    """
+    wide = logits.astype(np.float64)
+    # Of the quotient and the product, it is the lesser one that repels, on both sides of zero.
+    choose = np.minimum if penalty > 1.0 else np.maximum
+    with np.errstate(over="ignore"):
+        repelled: npt.NDArray[np.float64] = choose(wide / penalty, wide * penalty)
+    return np.clip(repelled, -_LARGEST, _LARGEST, out=repelled, where=np.isfinite(wide))
 
 
 def _draw(weights: npt.NDArray[np.float32], point: float) -> int:

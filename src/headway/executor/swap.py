@@ -1,14 +1,17 @@
 """The bytes of the KV blocks: the pool that attention reads, and the swap space beside it.
 
-Both are anonymous memory maps, so that a page costs memory only once a block in it is written: a
-large limit is free until it is used. A block is one row in each of the model's cache tensors (two a
+Both are private anonymous memory maps, so that a page costs memory only once a block in it is
+written: a large limit is free until it is used. Pages are huge ones where the kernel has them (it
+has none for shared maps). A block is one row in each of the model's cache tensors (two a
 layer), and a block operation is one indexed copy along the first axis of each of them; what a row
 means (the precision, the order of heads and tokens) is the attention kernel's business.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,7 +64,7 @@ class BlockStore:
             return
         sources, destinations = _columns(moves)
         if np.isin(sources, destinations).any() or len(set(destinations.tolist())) < len(moves):
-            # Somebody's source is another's destination: the order counts.
+            # One pair's source is another pair's destination: the order counts.
             for source, destination in moves:
                 for pool in self.pool:
                     pool[destination] = pool[source]
@@ -89,17 +92,25 @@ def _rows(row_bytes: Sequence[int], count: int) -> list[Bytes]:
     if not total:
         return [np.empty((count, width), dtype=np.uint8) for width in row_bytes]
     try:
-        memory = mmap.mmap(-1, total)
+        memory = _anonymous_memory(total)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"{total:,} bytes for {count:,} KV blocks are not to be had: {error}"
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Attention walks the pool block by block; larger pages spare it most of the page walks.
-        memory.madvise(mmap.MADV_HUGEPAGE)
     data = np.frombuffer(memory, dtype=np.uint8)
     rows, start = [], 0
     for width, size in zip(row_bytes, sizes, strict=True):
         rows.append(data[start : start + width * count].reshape(count, width))
         start += size
     return rows
+
+
+def _anonymous_memory(size: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Attention walks the pool block by block; larger pages spare it most of the page walks.
+        with contextlib.suppress(OSError):  # a kernel that was built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -222,7 +222,7 @@ def _publish(scratch: Path, target: Path, source: str) -> None:
 
 
 def _ignore(stage: str, fraction: float) -> None:
-    """Progress that nobody asked for."""
+    """Progress that is not asked for."""
 
 
 def _write(

@@ -24,7 +24,7 @@ Outputs::
     logits  [L, V]  float32
 
 Logits cost more to hand over than the layers to compute, so the rows are gathered before the LM
-head, the greedy choice is made in the graph, and ``logit_rows`` is empty unless somebody samples
+head, the greedy choice is made in the graph, and ``logit_rows`` is empty unless a request samples
 or wants to know probabilities.
 
 Cosines and sines are tables of constants, gathered by position. Computing ``position × frequency``

@@ -1,57 +1,53 @@
-"""Which requests are being served, and whose they are.
+"""Which requests of the engine belong to which request of the API.
 
-An API request with several choices is several requests to the engine. Here is what belongs
-together, so that it can be listed, re-ranked and cancelled by one id; and to which tenant, so that
-nobody sees another's.
+A request of one prompt is one request of the engine, of the same id, however many choices it asks
+for. A request of several prompts, or of more choices than the engine takes at once, is several:
+its parts, ``{id}-0``, ``{id}-1``, … Ids are unique among the unfinished requests of a tenant;
+tenants do not meet in any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from headway.core.errors import DuplicateRequest
-from headway.server.auth import Tenant
 
 __all__ = ["ActiveRequest", "ActiveRequests"]
 
 
-@dataclass(slots=True)
-class ActiveRequest:
-    """One API request from its acceptance to its end.
+class ActiveRequest(NamedTuple):
+    """An API request that is being served.
 
     Attributes:
         request_id: the client's or drawn.
-        tenant: whose it is.
-        priorities: of its parts as they are now, by the engine's ids, in the order of the choices.
-        cancelled: parts that may not start any more if they have not yet.
+        tenant: the name of its owner.
+        part_ids: ids of the engine's requests that it consists of, in the order of the choices.
     """
 
     request_id: str
-    tenant: Tenant
-    priorities: dict[str, int]
-    cancelled: set[str] = field(default_factory=set)
+    tenant: str
+    part_ids: tuple[str, ...]
 
     @classmethod
-    def of(cls, request_id: str, tenant: Tenant, num_parts: int, priority: int) -> ActiveRequest:
-        """A request with so many choices."""
-        part_ids = (
-            [f"{request_id}-{n}" for n in range(num_parts)] if num_parts > 1 else [request_id]
-        )
-        return cls(request_id, tenant, dict.fromkeys(part_ids, priority))
+    def of(cls, request_id: str, tenant: str, num_parts: int) -> ActiveRequest:
+        """A request of so many parts."""
+        if num_parts == 1:
+            return cls(request_id, tenant, (request_id,))
+        return cls(request_id, tenant, tuple(f"{request_id}-{n}" for n in range(num_parts)))
 
-    def part_ids(self, request_id: str) -> list[str]:
-        """The parts that are meant by its own id, or by a part's."""
-        return list(self.priorities) if request_id == self.request_id else [request_id]
+    def named(self, request_id: str) -> tuple[str, ...]:
+        """The parts that an id means: all of them if it is the request's own, else one."""
+        return self.part_ids if request_id == self.request_id else (request_id,)
 
 
 class ActiveRequests:
     """The API requests that are being served; the event loop's own."""
 
     def __init__(self) -> None:
-        #: By their own and their parts' ids.
-        self._by_id: dict[str, ActiveRequest] = {}
+        #: By tenant, and by the ids of requests and their parts.
+        self._by_id: dict[tuple[str, str], ActiveRequest] = {}
 
     @contextmanager
     def register(self, request: ActiveRequest) -> Iterator[None]:
@@ -60,17 +56,16 @@ class ActiveRequests:
         Raises:
             DuplicateRequest: its id, or a part's, is in use.
         """
-        ids = {request.request_id, *request.priorities}
-        for one in sorted(ids & self._by_id.keys()):
-            raise DuplicateRequest(f"request id {one!r} is in use")
-        self._by_id.update(dict.fromkeys(ids, request))
+        keys = {(request.tenant, name) for name in (request.request_id, *request.part_ids)}
+        for _, name in sorted(keys & self._by_id.keys()):
+            raise DuplicateRequest(f"request id {name!r} is in use")
+        self._by_id.update(dict.fromkeys(keys, request))
         try:
             yield
         finally:
-            for one in ids:
-                del self._by_id[one]
+            for key in keys:
+                del self._by_id[key]
 
-    def find(self, request_id: str, tenant: Tenant) -> ActiveRequest | None:
-        """The request with this id, or with a part of this id, if it is the tenant's."""
-        found = self._by_id.get(request_id)
-        return found if found is not None and found.tenant is tenant else None
+    def find(self, request_id: str, tenant: str) -> ActiveRequest | None:
+        """The tenant's request that has this id, or a part of this id."""
+        return self._by_id.get((tenant, request_id))

@@ -12,15 +12,17 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from headway import __version__
-from headway.engine.async_engine import AsyncEngine
-from headway.server.answers import ErrorBody
-from headway.server.auth import AuthMiddleware
+from headway.engine.client import EngineClient
 from headway.server.config import ServerConfig
-from headway.server.errors import add_error_handlers
-from headway.server.limits import BodyLimitMiddleware
-from headway.server.metrics import Metrics
+from headway.server.edge.auth import AuthMiddleware
+from headway.server.edge.hosts import HostMiddleware
+from headway.server.edge.limits import BodyLimitMiddleware
+from headway.server.error_handlers import add_error_handlers
+from headway.server.protocol.response_types import ErrorBody
 from headway.server.routes import add_routes
-from headway.server.tracing import Tracer
+from headway.server.serving import Serving
+from headway.server.telemetry.metrics import Metrics
+from headway.server.telemetry.tracing import Tracer
 
 __all__ = ["create_app"]
 
@@ -36,7 +38,8 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
         "description": (
             "The request is refused: 400 a value is wrong, 401 no API key, 403 a priority the key "
             "does not allow, 404 there is no such thing, 408 it took too long to arrive, 409 its "
-            "id is in use, 413 it is too long, 429 the key has as many requests as it may."
+            "id is in use, 413 it is too long, 421 the server does not answer to this Host, 429 "
+            "the key has as many sequences as it may."
         ),
     },
     "5XX": {
@@ -53,14 +56,14 @@ class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The document; it asks for a key only if the server does."""
         document = super().openapi()
-        if not self.state.config.api_keys:
+        if not self.state.serving.config.api_keys:
             for operations in document["paths"].values():
                 for operation in operations.values():
                     operation.pop("security", None)
         return document
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
+def create_app(engine: EngineClient, config: ServerConfig) -> FastAPI:
     """The server as an ASGI application, which owns the engine: it starts it and shuts it down.
 
     Raises:
@@ -68,12 +71,15 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """
     tracer = None
     if config.otlp_endpoint is not None:
-        tracer = Tracer(engine.engine, config.otlp_endpoint, config.model_name)
+        tracer = Tracer(engine, config.otlp_endpoint, config.model_name)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with engine:
+        engine.start()
+        try:
             yield
+        finally:
+            await engine.shutdown()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 
@@ -90,6 +96,9 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
             allow_headers=["*"],
         )
         middleware.insert(0, cors)
+    if not config.is_protected:
+        hosts = (config.host, *config.allowed_hosts)
+        middleware.insert(0, Middleware(HostMiddleware, allowed_hosts=hosts))
     app = _App(
         title="Headway",
         version=__version__,
@@ -101,10 +110,12 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
     )
     add_error_handlers(app)
-    app.state.engine = engine
-    app.state.config = config
-    priorities = (config.default_priority, *config.service_tiers.values())
-    app.state.tracer = tracer
-    app.state.metrics = Metrics(engine.engine, config.model_name, priorities)
+    app.state.serving = Serving(engine, config, tracer)
+    app.state.metrics = Metrics(
+        engine,
+        config.model_name,
+        priorities=(config.default_priority, *config.service_tiers.values()),
+        tenants=[key.tenant for key in config.api_keys] if config.metrics_by_tenant else None,
+    )
     add_routes(app)
     return app

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from headway.core.errors import ConfigError
-from headway.core.request import MAX_PRIORITY, MIN_PRIORITY
-from headway.server.api_keys import ApiKey
+from headway.core.priority import MAX_PRIORITY, MIN_PRIORITY
+from headway.server.edge.api_keys import ApiKey
 
 __all__ = ["DEFAULT_SERVICE_TIERS", "LOG_LEVELS", "UNSPECIFIC_TIERS", "ServerConfig"]
 
@@ -31,25 +31,33 @@ class ServerConfig:
         served_model_names: what the model answers to; responses say the first.
         host: to bind to; a name or an address.
         port: to bind to; 0 = any that is free.
-        api_keys: who may use it; empty = everybody who can connect.
+        api_keys: a request must have one of them; empty = it needs none.
         allow_unauthenticated: bind to other addresses than loopback ones even without keys.
+        allowed_hosts: names that a ``Host`` header may say beside ``host``, ``localhost`` and
+            loopback addresses; where there are keys, or ``allow_unauthenticated``, it may say
+            anything.
         allowed_origins: web pages of these origins may use it (CORS); ``*`` = all.
         service_tiers: the priority each ``service_tier`` asks for. Those of
             ``DEFAULT_SERVICE_TIERS`` are there unless given; so are ``auto`` and ``default``, with
             the default priority.
         default_priority: of a request that asks for none.
         max_body_bytes: a longer body is refused. The default is a hundred times the text of an
-            8,192-token context, and is parsed in a few hundredths of a second, for which
-            everybody else waits.
+            8,192-token context, and is parsed in a few hundredths of a second, for which all
+            other clients wait.
         request_timeout: seconds in which a request must have arrived whole.
         send_timeout: seconds without progress after which a client that does not read is
             disconnected.
         max_buffered_tokens: output of a request that may wait for its reader; at more it is ended.
+        stream_keep_alive: seconds of silence after which a stream that has begun gets a comment;
+            0 = none does.
+        stream_keep_alive_before_first_token: streams that have not begun get one, too. Their status
+            is then 200, and what prevents their answers can only be an event.
         shutdown_timeout: seconds that running requests get after SIGTERM.
         max_num_choices: most completions of a prompt (``n``), times prompts of a request.
         max_stop: most stop texts of a request.
         otlp_endpoint: an OpenTelemetry collector, which gets a span for every request; None = no
             spans are made.
+        metrics_by_tenant: metrics of requests have the label ``tenant``.
         access_log: log every request.
         log_level: of the HTTP server's own log.
 
@@ -62,6 +70,7 @@ class ServerConfig:
     port: int = 8000
     api_keys: tuple[ApiKey, ...] = ()
     allow_unauthenticated: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     service_tiers: Mapping[str, int] = field(default_factory=dict)
     default_priority: int = 0
@@ -69,10 +78,13 @@ class ServerConfig:
     request_timeout: float = 30.0
     send_timeout: float = 30.0
     max_buffered_tokens: int = 1024
+    stream_keep_alive: float = 15.0
+    stream_keep_alive_before_first_token: bool = False
     shutdown_timeout: float = 30.0
     max_num_choices: int = 128
     max_stop: int = 16
     otlp_endpoint: str | None = None
+    metrics_by_tenant: bool = False
     access_log: bool = False
     log_level: str = "warning"
 
@@ -94,8 +106,9 @@ class ServerConfig:
         for name in ("request_timeout", "send_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)} s, must be above 0")
-        if not 0 <= self.shutdown_timeout < math.inf:
-            raise ConfigError(f"shutdown_timeout is {self.shutdown_timeout} s, must be at least 0")
+        for name in ("shutdown_timeout", "stream_keep_alive"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)} s, must be at least 0")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f"log_level is {self.log_level!r}, must be one of {', '.join(LOG_LEVELS)}"
@@ -106,6 +119,11 @@ class ServerConfig:
             **self.service_tiers,
         }
         object.__setattr__(self, "service_tiers", tiers)
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether others than this machine's own users may connect: with keys, or knowingly."""
+        return bool(self.api_keys) or self.allow_unauthenticated
 
     @property
     def model_name(self) -> str:

@@ -21,11 +21,10 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headway.core.errors import ConfigError, EngineStopped
-from headway.engine.async_engine import AsyncEngine
-from headway.engine.engine import Engine
+from headway.engine.client import EngineClient
 from headway.server.app import create_app
 from headway.server.config import ServerConfig
-from headway.server.limits import limited_protocol
+from headway.server.edge.limits import limited_protocol
 
 __all__ = ["SWITCH_INTERVAL", "Server", "base_url", "bind", "run"]
 
@@ -56,8 +55,7 @@ def bind(config: ServerConfig) -> socket.socket:
     except (OSError, UnicodeError):
         raise ConfigError(f"host is {config.host!r}, must be a name or an address") from None
     family, kind, protocol, _, address = found[0]
-    is_protected = bool(config.api_keys) or config.allow_unauthenticated
-    if not is_protected and not ipaddress.ip_address(address[0]).is_loopback:
+    if not config.is_protected and not ipaddress.ip_address(address[0]).is_loopback:
         raise ConfigError(
             f"host is {config.host}: without API keys it must be a loopback address, "
             "or --allow-unauthenticated be given"
@@ -79,12 +77,15 @@ def base_url(config: ServerConfig, listener: socket.socket) -> str:
 
 
 def run(
-    engine: Engine, config: ServerConfig, listener: socket.socket, on_ready: Callable[[], None]
+    engine: EngineClient,
+    config: ServerConfig,
+    listener: socket.socket,
+    on_ready: Callable[[], None],
 ) -> None:
-    """Serve until told to stop; the engine is closed then.
+    """Serve until told to stop; the engine is shut down then.
 
     Args:
-        engine: ready to step; nobody else may use it.
+        engine: not started; it must have no other client.
         config: how to serve.
         listener: from ``bind``.
         on_ready: called when requests are answered.
@@ -97,11 +98,10 @@ def run(
     try:
         listener.listen()  # uvloop does it too, and does not notice if it fails
     except OSError as error:
-        engine.close()
+        asyncio.run(engine.shutdown())
         raise _cannot_listen(config, error) from None
-    async_engine = AsyncEngine(engine, config.max_buffered_tokens)
-    Server(async_engine, config, on_ready).run(sockets=[listener])
-    if async_engine.failure is not None:
+    Server(engine, config, on_ready).run(sockets=[listener])
+    if engine.failure is not None:
         raise EngineStopped("the step loop died, so the server has stopped; the log says why")
 
 
@@ -115,7 +115,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, engine: AsyncEngine, config: ServerConfig, on_ready: Callable[[], None]
+        self, engine: EngineClient, config: ServerConfig, on_ready: Callable[[], None]
     ) -> None:
         super().__init__(
             uvicorn.Config(

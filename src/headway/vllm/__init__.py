@@ -4,8 +4,8 @@
 
     vllm serve … --scheduling-policy priority --scheduler-cls headway.vllm.HeadwayScheduler
 
-vLLM keeps its engine, its executors and its KV cache; this package decides in each step who
-computes, who waits and who yields, with the policies and rules of ``headway.core``. It imports
+vLLM keeps its engine, its executors and its KV cache; this package decides in each step which
+requests compute, wait and yield, with the policies and rules of ``headway.core``. It imports
 nothing else of Headway, so ``pip install --no-deps headway-llm`` beside vLLM is enough.
 
 ``HeadwayScheduler`` becomes a ``HeadwaySyncScheduler`` where vLLM has no asynchronous scheduling.
@@ -30,5 +30,7 @@ def __getattr__(name: str) -> object:
         check_vllm()
         from headway.vllm import scheduler  # noqa: PLC0415
 
-        return getattr(scheduler, name)
+        for class_name in ("HeadwayScheduler", "HeadwaySyncScheduler"):
+            globals()[class_name] = getattr(scheduler, class_name)  # the check is made once
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

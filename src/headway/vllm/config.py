@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Final, Literal
 
 from headway.core.errors import ConfigError
@@ -17,21 +17,20 @@ from headway.core.policy import (
     FCFSPolicy,
     PriorityPolicy,
 )
+from headway.core.sharing_rules import SharingRules
 from headway.core.slo import SLO, SLOTable
 
 __all__ = ["HeadwayConfig"]
 
-_VICTIMS: Final = ("cheapest", "last")
-#: Which policies a setting is for; those that are not named are for all.
+#: The policies that a setting is for; a setting that is not named is for all.
 _ONLY_FOR: Final = {
     "tau_s": ("aging",),
     "margin_s": ("aging", "deadline"),
-    "slos": ("deadline",),
     "default_target_s": ("deadline",),
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HeadwayConfig:
     """The plug-in's settings; every one has a default that suits.
 
@@ -40,21 +39,15 @@ class HeadwayConfig:
         tau_s: (``aging``) seconds of waiting that are worth one level of priority.
         margin_s: (``aging``, ``deadline``) seconds by which a waiting request must be ahead of
             another before it displaces it; None = the policy's own.
-        slos: (``deadline``) TTFT targets of classes of requests: ``"0:ttft=300ms"``.
+        slos: targets of classes of requests, which bound the steps they are in:
+            ``"0:ttft=300ms,tpot=40ms"``. The deadline policy takes its deadlines from them, too.
         default_target_s: (``deadline``) seconds until the first token of a request is due that
             brings no deadline and has no class.
-        victim: whose blocks are taken among equals: ``cheapest`` = whoever has the fewest tokens
-            to recompute for each block gained; ``last`` = the last-ranked.
-        max_preemptions: after so many evictions a request keeps its blocks until it ends (if
-            a running request that outranks it cannot grow otherwise, it yields all the same).
-        share: how much less urgent work rides along in a step with more urgent work: ``all``,
-            ``none``, or as much as keeps the step within a time such as ``40ms``.
-        prefill_share: while more urgent work is about (it is there, or was within the last
-            minute), the part of a step's tokens that less urgent prompts may have, so that nobody
-            waits for whole steps of them; in a step with a more urgent prompt, no more than that
-            has. 1 = no bound.
-        max_step_ms: no step is predicted to take longer, whoever is in it, so that whoever
-            arrives need not wait long for the step in flight; None = no bound.
+        victim: see ``SharingRules``.
+        max_preemptions: see ``SharingRules``.
+        share: see ``SharingRules``.
+        prefill_share: see ``SharingRules``.
+        max_step_ms: no step is predicted to take longer, whatever is in it; None = no bound.
 
     Raises:
         ConfigError: a value is out of range.
@@ -66,26 +59,16 @@ class HeadwayConfig:
     slos: tuple[str, ...] = ()
     default_target_s: float = 60.0
     victim: Literal["cheapest", "last"] = "cheapest"
-    max_preemptions: int = 3
+    max_preemptions: int | None = 3
     share: str = "all"
     prefill_share: float = 0.25
     max_step_ms: float | None = None
 
     def __post_init__(self) -> None:
-        self.make_policy()
-        if self.victim not in _VICTIMS:
-            raise ConfigError(f"victim is {self.victim!r}, must be one of {', '.join(_VICTIMS)}")
-        if not isinstance(self.max_preemptions, int) or isinstance(self.max_preemptions, bool):
-            raise ConfigError(f"max_preemptions is {self.max_preemptions!r}, must be an integer")
-        if self.max_preemptions < 1:
-            raise ConfigError(f"max_preemptions is {self.max_preemptions}, must be at least 1")
-        _ = self.share_ms
-        if not _positive(self.prefill_share) or self.prefill_share > 1:
-            raise ConfigError(
-                f"prefill_share is {self.prefill_share!r}, must be a number above 0, at most 1"
-            )
-        if self.max_step_ms is not None and not _positive(self.max_step_ms):
+        if self.max_step_ms is not None and not _is_positive(self.max_step_ms):
             raise ConfigError(f"max_step_ms is {self.max_step_ms!r}, must be a number above 0")
+        _ = self.sharing
+        self.make_policy()
 
     @classmethod
     def parse(cls, additional_config: object) -> HeadwayConfig:
@@ -123,33 +106,33 @@ class HeadwayConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, must be a number of seconds")
         if self.margin_s is not None and not _is_number(self.margin_s):
             raise ConfigError(f"margin_s is {self.margin_s!r}, must be a number of seconds")
+        slo_table = self.slo_table
         if self.policy == "aging":
             return AgingPolicy(self.tau_s, self.margin_s)
         if self.policy == "deadline":
-            slos = SLOTable(SLO.parse(text) for text in self.slos)
-            for slo in slos.slos:
-                if slo.ttft_ms is None or slo.tpot_ms is not None:
-                    raise ConfigError(f"SLO {str(slo)!r} must have a ttft target and no other")
             margin = {} if self.margin_s is None else {"margin": self.margin_s}
-            return DeadlinePolicy(slos, self.default_target_s, **margin)
+            return DeadlinePolicy(slo_table, self.default_target_s, **margin)
         return FCFSPolicy() if self.policy == "fcfs" else PriorityPolicy()
 
+    @cached_property
+    def sharing(self) -> SharingRules:
+        """What less urgent work gets beside more urgent work, and which requests yield."""
+        return SharingRules(self.share, self.prefill_share, self.victim, self.max_preemptions)
+
+    @cached_property
+    def slo_table(self) -> SLOTable:
+        """The classes, and what their targets mean for the time of a step."""
+        return SLOTable((SLO.parse(text) for text in self.slos), self.max_step_ms)
+
     @property
-    def share_ms(self) -> float:
-        """What a step may take that less urgent work rides along in; 0 = none may."""
-        if self.share == "all":
-            return math.inf
-        if self.share == "none":
-            return 0.0
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)ms", str(self.share))
-        if match is None or not _positive(float(match[1])):
-            raise ConfigError(f"share is {self.share!r}, must be all, none, or a time such as 40ms")
-        return float(match[1])
+    def bounds_all_steps(self) -> bool:
+        """Whether a step may be too long although nothing rides along in it."""
+        return bool(self.slos) or self.max_step_ms is not None
 
     @property
     def is_timed(self) -> bool:
         """Whether steps are bounded in time, which needs a prediction of what they take."""
-        return self.max_step_ms is not None or 0 < self.share_ms < math.inf
+        return self.bounds_all_steps or self.sharing.is_timed
 
     def __str__(self) -> str:
         changed = (
@@ -161,8 +144,8 @@ class HeadwayConfig:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
-        raise ConfigError(f'slos is {value!r}, must be a list such as ["0:ttft=300ms"]')
+    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+        raise ConfigError(f'slos is {value!r}, must be a list such as ["0:ttft=300ms,tpot=40ms"]')
     return tuple(value)
 
 
@@ -170,5 +153,5 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _positive(value: object) -> bool:
+def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

@@ -1,4 +1,4 @@
-"""vLLM's KV blocks while a step is planned: what is free, what is promised, who would lose what.
+"""vLLM's KV blocks while a step is planned: free, promised, or lost by victims.
 
 vLLM allocates while it schedules. A plan is made before that, so it counts: with vLLM's own
 arithmetic, of which these are the only users.
@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from headway.vllm.compatibility import max_cache_hit_length
 from headway.vllm.ranked_request import RankedRequest
 
 __all__ = ["BlockTable", "KVBlocks", "Need"]
@@ -42,9 +43,9 @@ class BlockTable(Sequence[int]):
 
 
 class RefCounts:
-    """How many requests hold a block; those that the beneficiary would share count as held by it.
+    """How many requests hold a block; what the beneficiary would share counts as held by it.
 
-    What it finds in the prefix cache is of no use to it as an empty block.
+    A block that it finds in the prefix cache is of no use to it as an empty block.
     """
 
     def __init__(self, blocks: Sequence[KVCacheBlock], cached: frozenset[int]) -> None:
@@ -80,20 +81,20 @@ class KVBlocks:
         self._num_groups = len(managers)
         sizes = [int(manager.block_size) for manager in managers]
         self._smallest_size = min(sizes, default=1)
-        #: Whether tables may hold null blocks, in place of those that attention has left behind.
-        self._has_nulls = not all(isinstance(one, FullAttentionManager) for one in managers)
+        #: Whether tables may hold null blocks, in place of blocks that attention has left behind.
+        self._has_nulls = not all(isinstance(manager, FullAttentionManager) for manager in managers)
         #: Only where the position is a multiple of this can the next token need a block.
         self._stride = math.gcd(*sizes) if sizes else 1
         self._num_extra_tokens: int = scheduler.num_lookahead_tokens + scheduler.num_spec_tokens
-        #: Free blocks that the plan does not use; victims' count as free.
+        #: Free blocks that the plan does not use; the blocks of victims count as free.
         self.num_available = 0
 
     def begin(self) -> None:
-        """Start a plan: nothing has been promised, nobody has been evicted."""
+        """Start a plan: nothing has been promised, no request evicted."""
         self.num_available = self._pool.get_num_free_blocks()
 
     def suffice(self, num_residents: int, num_tokens: int) -> bool:
-        """Whether residents can compute ``num_tokens`` in a step, whoever of them. O(1)."""
+        """Whether the residents, or any of them, can compute ``num_tokens`` in a step. O(1)."""
         extra = 1 + math.ceil(self._num_extra_tokens / self._smallest_size)
         bound = num_residents * extra + math.ceil(num_tokens / self._smallest_size)
         return bound * self._num_groups <= int(self._pool.get_num_free_blocks())
@@ -118,7 +119,7 @@ class KVBlocks:
             cached = request.num_computed_tokens
         elif manager.prefix_cache_lookup_enabled(request):
             blocks, cached, _ = self._coordinator.find_longest_cache_hit(
-                request.block_hashes, request.num_tokens - 1
+                request.block_hashes, max_cache_hit_length(scheduler, request)
             )
         num_tokens = min(request.num_tokens, scheduler.max_model_len)
         if not scheduler.scheduler_reserve_full_isl:
@@ -154,7 +155,7 @@ class KVBlocks:
     def num_gained(self, ranked: RankedRequest) -> int:
         """Blocks that would be free if the request were evicted.
 
-        What others share with it are its first blocks. O(groups · log blocks).
+        What other requests share with it are its first blocks. O(groups · log blocks).
         """
         return sum(
             len(group) - bisect_left(group, True, key=lambda block: block.ref_cnt <= 1)

@@ -1,4 +1,4 @@
-"""vLLM's waiting queue as an indexed heap: whoever leaves it early is found in O(log n)."""
+"""vLLM's waiting queue as an indexed heap: a request that leaves it early is found in O(log n)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["RankedRequestQueue"]
 
 
 class RankedRequestQueue(RequestQueue):  # type: ignore[misc]
-    """Requests in the order of their rank; all in it have one.
+    """Requests in the order of their rank; every request in it is ranked.
 
-    There is no front to prepend to: whoever returns goes where its rank says.
+    There is no front to prepend to: a request that returns goes where its rank says.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class RankedRequestQueue(RequestQueue):  # type: ignore[misc]
         self._queue.remove(request.request_id)
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
-        """O(k log n); those that are not here are passed over, as vLLM's queues do."""
+        """O(k log n); requests that are not here are passed over, as vLLM's queues do."""
         for request in requests:
             if request.request_id in self._queue:
                 self._queue.remove(request.request_id)

@@ -1,4 +1,4 @@
-"""How long vLLM's steps take: measured from outside, to predict the next one.
+"""How long vLLM's steps take: measured from outside, to predict the next step.
 
 With asynchronous scheduling a step is scheduled while the one before it runs. So a step's time is
 counted from when it was scheduled or the one before it ended, whichever came later.
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
-from headway.core.cost_model import CostModel, StepFeatures, TimeBudget
+from headway.core.cost_model import CostModel, StepFeatures
+from headway.core.time_budget import TimeBudget
 
 __all__ = ["StepClock"]
 
@@ -55,7 +56,7 @@ def _features(output: SchedulerOutput, requests: Mapping[str, Request]) -> StepF
     """What is in a step; requests already count what they compute in it as computed."""
     counts = output.num_scheduled_tokens
     num_tokens = output.total_num_scheduled_tokens
-    if num_tokens == len(counts):  # the usual step: everybody decodes
+    if num_tokens == len(counts):  # the usual step: all requests decode
         context = sum([requests[request_id].num_computed_tokens for request_id in counts])
         return StepFeatures(0, num_tokens, context - num_tokens)
     prefill_tokens = context_tokens = 0

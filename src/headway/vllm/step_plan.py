@@ -1,188 +1,200 @@
-"""One step, filled from the top of the ranking: who is in it, who waits, and who yields.
+"""One step, filled from the top of the ranking: which requests compute, which wait, which yield.
 
-The walk is that of ``headway.core``: residents and waiting requests merged by rank, under the
-budgets of slots, tokens, blocks and time (and, in vLLM, of LoRA adapters and of the rows of the
-model runner). It ends in a plan that vLLM's own ``schedule`` carries out: it sees only those
-residents that are in the step, and admits only as many waiting requests as have been planned.
+The walk is that of ``headway.core.scheduler``, with its merge, its step and its victims; what vLLM
+bounds besides (LoRA adapters, the rows of the model runner) is added here. It ends in a plan that
+vLLM's own ``schedule`` carries out: vLLM sees only the residents that are in the step, and admits
+only as many waiting requests as have been planned.
 
-vLLM gives tokens to running requests in the order of its list and then to waiting ones. So within
-a step a resident may be given fewer tokens than it could compute only if it comes last.
+vLLM serves running requests in the order of its list and then waiting requests. So a waiting
+request has its turn after the residents that it may not displace; and a request may be given fewer
+tokens than it could compute only if vLLM serves it last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
 
 from vllm.v1.request import Request
 
-from headway.core.ranking import end_of_equals, first_displaceable
-from headway.core.reclaim import cheapest_last, plan_victims
-from headway.core.time_sharing import share_time
+from headway.core.merge import Merge
+from headway.core.ranking import first_displaceable
+from headway.core.reclaim import plan_victims, victim_candidates
+from headway.core.sharing_rules import SharingRules
+from headway.core.step import Step
+from headway.core.step_rows import DecodeCounts
+from headway.core.time_sharing import Want
 from headway.vllm.kv_blocks import KVBlocks, Need
 from headway.vllm.ranked_request import RankedRequest
 
-if TYPE_CHECKING:
-    from headway.core.cost_model import TimeBudget
-    from headway.vllm.scheduler import HeadwaySchedulerMixin
+__all__ = ["StepLimits", "StepPlan"]
 
-__all__ = ["StepPlan"]
+
+class StepLimits(NamedTuple):
+    """What vLLM bounds in a step beside its slots, tokens, blocks and time.
+
+    Attributes:
+        num_free_rows: requests that may be admitted until a resident has to be evicted for its
+            row in the model runner.
+        max_prefill_tokens: that one request may compute.
+        max_loras: adapters in the step; 0 = requests have none.
+        num_spec_tokens: drafts that a request may bring.
+        may_cut_prompts: whether a prompt may be computed in parts.
+        holds_prompts: vLLM computes no prompts in this step, only the next tokens of residents.
+        may_free: whether a request's blocks are free as soon as it is evicted.
+    """
+
+    num_free_rows: int
+    max_prefill_tokens: int
+    max_loras: int
+    num_spec_tokens: int
+    may_cut_prompts: bool
+    holds_prompts: bool
+    may_free: Callable[[Request], bool]
 
 
 class StepPlan:
     """The plan of one step.
 
     Args:
-        scheduler: whose budgets apply; nothing of it is changed.
+        step: the budgets, nothing placed yet.
+        rules: what less urgent work gets beside more urgent work, and which requests yield.
+        limits: of vLLM.
         blocks: of the scheduler's pool.
-        time: predicts and bounds what the step takes; None = time is no object.
     """
 
     def __init__(
-        self, scheduler: HeadwaySchedulerMixin, blocks: KVBlocks, time: TimeBudget | None
+        self, step: Step, rules: SharingRules, limits: StepLimits, blocks: KVBlocks
     ) -> None:
-        self._scheduler = scheduler
-        self._config = scheduler.headway_config
+        self._step = step
+        self._rules = rules
+        self._limits = limits
         self._blocks = blocks
-        self._time = time
-        blocks.begin()
-        #: Those that compute, in rank order; one that is given less than it could use comes last.
+        #: The residents that compute, in rank order; one that is cut comes last.
         self.running: list[RankedRequest] = []
-        #: Those that sit the step out; their blocks stay.
+        #: The residents that sit the step out; their blocks stay.
         self.paused: list[RankedRequest] = []
-        #: Those that lose their blocks.
+        #: The residents that lose their blocks.
         self.evicted: list[RankedRequest] = []
         #: Waiting requests to admit.
         self.num_admitted = 0
-        #: Tokens to compute, as far as counted.
+        #: Tokens to compute.
         self.num_tokens = 0
-        waiting_for_input = scheduler.num_waiting_for_streaming_input
-        self._slots = scheduler.max_num_active_reqs - waiting_for_input
-        self._rows = scheduler.max_num_rows - waiting_for_input - len(scheduler.running)
-        self._tokens: int = scheduler.max_num_scheduled_tokens
-        self._blocks_suffice = blocks.suffice(len(scheduler.running), self._tokens)
-        self._max_loras: int = scheduler.lora_config.max_loras if scheduler.lora_config else 0
+        self._num_free_rows = limits.num_free_rows
         self._loras: set[int] = set()
-        #: The most urgent in the step; whoever it could displace rides along.
-        self._first: RankedRequest | None = None
-        #: Tokens left for prompts that nobody present has to wait for.
-        self._prefill_tokens: int = scheduler.prefill_allowance
-        #: Tokens of prompts that somebody present has to wait for.
-        self._urgent_prefill_tokens = 0
-        #: The resident that is given less than it could compute.
+        self._evicted_ids: set[str] = set()
+        #: The resident that is given fewer tokens than it could compute.
         self._cut: RankedRequest | None = None
-        #: Nobody so far has gone without; else nobody ranked below may be admitted.
-        self._admits = True
-        self._is_out: set[str] = set()
+        #: Whether every resident finds a free block when it needs it.
+        self._blocks_suffice = False
+        #: Whether a resident that decodes needs nothing but a slot and a token.
+        self._has_plain_decodes = False
 
-    def fill(self, residents: list[RankedRequest], heads: Iterator[Request]) -> None:
+    def fill(
+        self,
+        residents: Sequence[RankedRequest],
+        heads: Iterator[RankedRequest],
+        was_short_of_time: bool = False,
+    ) -> None:
         """Walk down the ranking.
 
         Args:
-            residents: all that are running or paused, in rank order.
+            residents: all requests that are running or paused, in rank order.
             heads: waiting requests that could start now, in rank order.
+            was_short_of_time: whether the step before was.
         """
-        index, size = 0, len(residents)
-        head = next(heads, None)
-        while self._slots > 0 and self._tokens > 0 and (index < size or head is not None):
-            if not self._admits:
-                head = None
-            end = size
-            if head is not None:
-                if not self._fits_loras(head):
-                    head = next(heads, None)
-                    continue
-                end = first_displaceable(head.headway, residents, index)
-            if index < end:
-                end = min(self._end_of_part(residents, index, end), index + self._slots)
-                if not self._place(residents, index, end):
-                    break
-                index = end
-            elif head is not None:
-                # Nobody ranked below may be admitted to what this one could not get.
-                head = next(heads, None) if self._admit(head, residents[index:]) else None
-            else:
-                break
+        self._blocks.begin()
+        self._blocks_suffice = self._blocks.suffice(len(residents), self._step.tokens)
+        self._has_plain_decodes = (
+            self._blocks_suffice
+            and self._step.time is None
+            and self._rules.share == "all"
+            and not self._limits.max_loras
+            and not self._limits.num_spec_tokens
+        )
+        if was_short_of_time and self._step.time is not None:
+            self._step.share(self._wants(residents))
+        merge = Merge(residents, lambda: next(heads, None), first_displaceable)
+        while (ranked := self._next(merge)) is not None:
+            if ranked is merge.head:
+                if self._admit(ranked, merge):
+                    merge.refresh()
+                else:
+                    merge.stop_admitting()  # what it could not get is not for requests below it
+                continue
+            merge.index += 1
+            if not self._place(ranked, merge):
+                merge.stop_admitting()
+        self.paused += [ranked for ranked in merge.rest if not self._is_evicted(ranked)]
         if self._cut is not None:
             self.running.append(self._cut)
-        in_step = {one.request_id for one in self.running}
-        self.paused = [
-            one
-            for one in residents
-            if one.request_id not in in_step and one.request_id not in self._is_out
-        ]
+
+    def _next(self, merge: Merge[RankedRequest]) -> RankedRequest | None:
+        """The next request for which the step may have room; None if there is none."""
+        if self._has_plain_decodes:
+            self._place_decodes(merge)
+        ranked = merge.first
+        if ranked is None or self._step.is_full or self._step.bars(ranked):
+            return None
+        return ranked
 
     # ------------------------------------------------------------------ residents
 
-    def _end_of_part(self, residents: list[RankedRequest], index: int, end: int) -> int:
-        """Where the part of ``residents[index:end]`` ends for which the same rules hold."""
-        if self._config.share == "all" and self._time is None:
-            return end
-        end = min(end, end_of_equals(residents, index))
-        if self._first is None or self._rides(residents[index]):
-            return end
-        return min(end, first_displaceable(self._first, residents, index))
+    def _place_decodes(self, merge: Merge[RankedRequest]) -> None:
+        """Place the residents that come next, as long as each computes its next token.
 
-    def _rides(self, ranked: RankedRequest) -> bool:
-        """Whether somebody more urgent is in the step, by enough to displace ``ranked``."""
-        return self._first is not None and ranked.key > self._first.threshold
+        What ``_place`` would do, without looking at what cannot be: most steps are nothing else.
+        """
+        step = self._step
+        run = list(islice(merge.run, min(step.slots, step.tokens)))
+        for index, ranked in enumerate(run):
+            if ranked.request.is_prefill_chunk:
+                del run[index:]
+                break
+        merge.index += len(run)
+        if self._evicted_ids:
+            run = [ranked for ranked in run if not self._is_evicted(ranked)]
+        if run:
+            # What they attend to matters for the time only, which is not bounded.
+            step.add_decodes(run[0], DecodeCounts(len(run), 0, 0))
+            self.running += run
+            self.num_tokens += len(run)
 
-    def _place(self, residents: list[RankedRequest], start: int, end: int) -> bool:
-        """Put ``residents[start:end]`` into the step, as far as there is room.
+    def _place(self, ranked: RankedRequest, merge: Merge[RankedRequest]) -> bool:
+        """Put a resident into the step, as far as there is room.
 
         Returns:
-            Whether those ranked below may be in the step, too.
+            Whether waiting requests that rank below it may be admitted: it lacks nothing.
         """
-        rides = self._rides(residents[start])
-        if rides and self._config.share == "none":
-            return False
-        part = residents[start:end]
-        if self._first is None:
-            self._first = residents[start]
-        is_simple = self._time is None and self._blocks_suffice and not self._max_loras
-        if is_simple and self._place_decodes(part):
+        if self._is_evicted(ranked):
             return True
-        shares = self._share_time(part, rides)
-        last = residents[-1].key
-        for offset, one in enumerate(part):
-            if one.request_id in self._is_out:
-                continue
-            wanted = self._wanted(one.request)
-            count = min(wanted, self._tokens, wanted if shares is None else shares[one.request_id])
-            if wanted > 1:
-                count = self._allow_prefill(count, outranks=one.threshold < last)
-            if count < wanted:
-                self._admits = False
-                # vLLM would give what is left to whoever comes last: to an admitted one, if any.
-                if not count or self._cut is not None or self.num_admitted:
-                    continue
-            if not self._fits_loras(one.request):
-                continue
-            if not self._blocks_suffice:
-                below = residents[start + offset + 1 :]
-                if not self._grow(one, count, below):
-                    self._admits = False
-                    continue
-            if shares is not None:
-                one.last_step = self._scheduler.current_step
-            if count < wanted:
-                self._cut = one
-            else:
-                self.running.append(one)
-            self._spend(one.request, count)
-        return True
+        request = ranked.request
+        if self._is_held(request) or not self._fits_loras(request):
+            self.paused.append(ranked)
+            return True
+        wanted = self._wanted(request)
+        outranks = ranked.threshold < merge.residents[-1].key
+        num_drafts = len(request.spec_token_ids)
+        count = 0
+        if wanted:
+            count = self._step.fit(ranked, wanted, num_drafts=num_drafts, outranks=outranks)
+        is_cut = count < wanted
+        # vLLM gives what is left to the request that it serves last: to an admitted one, if any.
+        may_be_cut = count > 0 and self._cut is None and not self.num_admitted
+        if (is_cut and not may_be_cut) or not self._grow(ranked, count, merge):
+            self.paused.append(ranked)
+            return False
+        if is_cut:
+            self._cut = ranked
+        else:
+            self.running.append(ranked)
+        self._add(ranked, count)
+        return not is_cut
 
-    def _place_decodes(self, part: Sequence[RankedRequest]) -> bool:
-        """Put all of ``part`` into the step at once if each computes just the next token."""
-        if len(part) > self._tokens or self._scheduler.num_spec_tokens:
-            return False
-        if any(one.request.is_prefill_chunk for one in part):
-            return False
-        self.running += [one for one in part if one.request_id not in self._is_out]
-        self._slots -= len(part)
-        self._tokens -= len(part)
-        self.num_tokens += len(part)
-        return True
+    def _is_held(self, request: Request) -> bool:
+        """Whether a resident's prompt has to wait for a later step, whatever there is room for."""
+        return self._limits.holds_prompts and bool(request.is_prefill_chunk)
 
     def _wanted(self, request: Request) -> int:
         """Tokens that a running request could compute in this step; 0 = all are in flight."""
@@ -191,58 +203,29 @@ class StepPlan:
         if placeholders and request.num_computed_tokens + 2 - placeholders >= last:
             return 0  # vLLM waits for its last token, which is in flight
         count: int = request.num_tokens_with_spec + placeholders - request.num_computed_tokens
-        return max(0, min(count, self._scheduler.max_prefill_tokens))
+        return max(0, min(count, self._limits.max_prefill_tokens))
 
-    @property
-    def _is_empty(self) -> bool:
-        """Whether nobody is in the step yet."""
-        return not self.running and not self.num_admitted and self._cut is None
+    def _wants(self, residents: Sequence[RankedRequest]) -> list[Want]:
+        """What each resident would compute if time were no object."""
+        wants = [
+            Want(ranked, self._wanted(ranked.request))
+            for ranked in residents
+            if not self._is_held(ranked.request)
+        ]
+        return [want for want in wants if want.num_tokens]
 
-    def _allow_prefill(self, count: int, outranks: bool) -> int:
-        """How many of a prompt's ``count`` tokens the step may hold, as far as prompts go.
-
-        Args:
-            count: fits all other budgets.
-            outranks: the prompt belongs to a request that could displace somebody present: it is
-                what others are kept short for. In its step they get no more than it does.
-        """
-        if outranks:
-            self._urgent_prefill_tokens += count
-            if self._config.prefill_share < 1:
-                self._prefill_tokens = min(self._prefill_tokens, self._urgent_prefill_tokens)
-            return count
-        if self._is_empty:
-            return count
-        count = min(count, self._prefill_tokens)
-        self._prefill_tokens -= count
-        return count
-
-    def _share_time(self, part: Sequence[RankedRequest], rides: bool) -> dict[str, int] | None:
-        """What time allows each of ``part``; None = everything."""
-        time = self._time
-        if time is None:
-            return None
-        if rides:
-            self._tighten(time)
-        wants = [(one, max(1, self._wanted(one.request))) for one in part]
-        return share_time(wants, time, has_first=self._is_empty)
-
-    def _tighten(self, time: TimeBudget) -> None:
-        """Let the step take no longer than whoever rides along may make it.
-
-        Not ``time.tighten``: that leaves everybody some time, and those who ride have no claim.
-        """
-        time.limit_ms = min(time.limit_ms, self._scheduler.share_ms)
-
-    def _grow(self, one: RankedRequest, count: int, below: Sequence[RankedRequest]) -> bool:
-        """Promise a resident the blocks for ``count`` tokens, at the cost of those below it."""
+    def _grow(self, ranked: RankedRequest, count: int, merge: Merge[RankedRequest]) -> bool:
+        """Promise a resident the blocks for ``count`` tokens, at the cost of lower-ranked ones."""
+        if self._blocks_suffice or not count:
+            return True
         blocks = self._blocks
-        needed = blocks.growth(one.request, count) if count else 0
+        needed = blocks.growth(ranked.request, count)
         shortage = needed - blocks.num_available
         if shortage > 0:
-            victims = self._victims(below, shortage) or self._victims(
-                below, shortage, spares_often_evicted=False
-            )
+            limit = self._rules.max_preemptions
+            victims = self._victims(merge.rest, shortage, limit)
+            if not victims and limit is not None:
+                victims = self._victims(merge.rest, shortage, None)
             if not victims:
                 return False
             self._evict(victims)
@@ -251,93 +234,106 @@ class StepPlan:
 
     # ------------------------------------------------------------------ waiting requests
 
-    def _admit(self, head: Request, candidates: Sequence[RankedRequest]) -> bool:
-        """Plan to admit a waiting request, at the cost of ``candidates``, all of them if need be.
+    def _admit(self, head: RankedRequest, merge: Merge[RankedRequest]) -> bool:
+        """Plan to admit a waiting request, at the cost of the residents that it may displace.
 
-        Either its whole need can be met (slot, tokens, blocks, row), or nobody yields.
+        Either its whole need can be met (slot, tokens, time, blocks, row), or none yields.
+
+        Returns:
+            Whether requests that rank below it may be admitted: it lacks nothing, or just an
+            adapter.
         """
-        ranked: RankedRequest = head.headway
-        rides = self._rides(ranked)
-        if rides and self._config.share == "none":
-            return False
-        need = self._blocks.need(head)
-        count = self._head_tokens(head, need, rides, outranks=bool(candidates))
+        if not self._fits_loras(head.request):
+            return True
+        blocks = self._blocks
+        need = blocks.need(head.request)
+        wanted = min(need.num_tokens, self._limits.max_prefill_tokens)
+        count = self._head_tokens(head, wanted, need, merge)
         if not count:
             return False
-        shortage = need.num_blocks - self._blocks.num_available
-        if shortage > 0 or self._rows <= 0:
-            victims = self._victims(candidates, max(shortage, 1), need.cached_blocks)
+        shortage = need.num_blocks - blocks.num_available
+        if shortage > 0 or self._num_free_rows <= 0:
+            limit = self._rules.max_preemptions
+            victims = self._victims(merge.rest, max(shortage, 1), limit, need.cached_blocks)
             if not victims:
                 return False
             self._evict(victims)
-        self._blocks.num_available -= need.num_blocks
-        self._rows -= 1
-        if self._first is None or ranked.key < self._first.key:
-            self._first = ranked
-        self._spend(head, count)
+        blocks.num_available -= need.num_blocks
+        self._num_free_rows -= 1
         self.num_admitted += 1
-        if self._time is not None:
-            self._time.spend(count, need.num_cached_tokens)
-        return True
+        self._add(head, count)
+        return count == wanted
 
-    def _head_tokens(self, head: Request, need: Need, rides: bool, outranks: bool) -> int:
-        """How many tokens of a waiting request fit into the step; 0 = it must wait."""
-        wanted = min(need.num_tokens, self._scheduler.max_prefill_tokens)
-        count = self._allow_prefill(min(wanted, self._tokens), outranks)
-        if count < wanted and not self._scheduler.scheduler_config.enable_chunked_prefill:
+    def _head_tokens(
+        self, head: RankedRequest, wanted: int, need: Need, merge: Merge[RankedRequest]
+    ) -> int:
+        """How many of ``wanted`` tokens of a waiting request fit; 0 = it has to wait."""
+        head.num_cached_tokens = need.num_cached_tokens
+        outranks = merge.index < len(merge.residents)  # it would not be its turn otherwise
+        count = self._step.fit(head, wanted, outranks=outranks)
+        if count < wanted and not self._limits.may_cut_prompts:
             return 0
-        time = self._time
-        if time is not None:
-            if rides:
-                self._tighten(time)
-            count = time.affordable(count, need.num_cached_tokens, self._is_empty)
         return count
 
-    # ------------------------------------------------------------------ budgets
+    # ------------------------------------------------------------------ what is in the step
+
+    def _add(self, ranked: RankedRequest, count: int) -> None:
+        """Count a request as being in the step, with ``count`` tokens."""
+        self._step.add(ranked, count, ranked.num_computed_tokens)
+        self.num_tokens += count
+        lora = ranked.request.lora_request
+        if self._limits.max_loras and lora is not None:
+            self._loras.add(lora.lora_int_id)
 
     def _fits_loras(self, request: Request) -> bool:
         """Whether the step has room for the request's adapter."""
         lora = request.lora_request
-        if not self._max_loras or lora is None or lora.lora_int_id in self._loras:
+        if not self._limits.max_loras or lora is None or lora.lora_int_id in self._loras:
             return True
-        return len(self._loras) < self._max_loras
+        return len(self._loras) < self._limits.max_loras
 
-    def _spend(self, request: Request, count: int) -> None:
-        """Count a request as being in the step, with ``count`` tokens."""
-        self._slots -= 1
-        self._tokens -= count
-        self.num_tokens += count
-        if self._max_loras and request.lora_request is not None:
-            self._loras.add(request.lora_request.lora_int_id)
+    # ------------------------------------------------------------------ victims
+
+    def _is_evicted(self, ranked: RankedRequest) -> bool:
+        return ranked.request_id in self._evicted_ids
 
     def _victims(
         self,
-        candidates: Sequence[RankedRequest],
+        residents: Sequence[RankedRequest],
         shortage: int,
+        max_preemptions: int | None,
         cached_blocks: frozenset[int] = frozenset(),
-        *,
-        spares_often_evicted: bool = True,
     ) -> list[RankedRequest]:
-        """Whose eviction frees ``shortage`` blocks; none if even all of them hold too little."""
-        config, blocks = self._config, self._blocks
-        may_free = self._scheduler._request_blocks_can_be_freed
-        able = [
-            one
-            for one in candidates
-            if one.request_id not in self._is_out
-            and not (spares_often_evicted and one.request.num_preemptions >= config.max_preemptions)
-            and may_free(one.request)
+        """The residents whose eviction frees ``shortage`` blocks; none if all hold too little.
+
+        Args:
+            residents: that the beneficiary may displace.
+            shortage: at least 1.
+            max_preemptions: residents that were evicted so often are spared; None = none is.
+            cached_blocks: that the beneficiary is about to share.
+        """
+        blocks, rules = self._blocks, self._rules
+        holders = [
+            ranked
+            for ranked in residents
+            if not self._is_evicted(ranked) and self._limits.may_free(ranked.request)
         ]
-        for one in able:
-            blocks.load_table(one)
-        if config.victim == "cheapest":
-            able = cheapest_last(able, lambda one: blocks.recompute_cost(one, shortage))
-        plan = plan_victims(able, shortage, blocks.ref_counts(cached_blocks), takes_all=True)
-        return [victim for victim, _ in plan]
+        for ranked in holders:
+            blocks.load_table(ranked)
+        candidates = victim_candidates(
+            holders,
+            rules.victim_order,
+            max_preemptions,
+            lambda ranked: blocks.recompute_cost(ranked, shortage),
+        )
+        ref_counts = blocks.ref_counts(cached_blocks)
+        return [
+            victim for victim, _ in plan_victims(candidates, shortage, ref_counts, takes_all=True)
+        ]
 
     def _evict(self, victims: Sequence[RankedRequest]) -> None:
-        for one in victims:
-            self.evicted.append(one)
-            self._is_out.add(one.request_id)
-            self._blocks.num_available += self._blocks.num_gained(one)
-            self._rows += 1
+        for victim in victims:
+            self.evicted.append(victim)
+            self._evicted_ids.add(victim.request_id)
+            self._blocks.num_available += self._blocks.num_gained(victim)
+            self._num_free_rows += 1

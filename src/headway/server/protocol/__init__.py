@@ -1,0 +1,1 @@
+"""What comes in and what goes out, as JSON: OpenAI's shapes, read strictly."""

@@ -1,0 +1,1 @@
+"""What an operator sees of it: metrics for Prometheus, traces for OpenTelemetry."""
