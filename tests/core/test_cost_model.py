@@ -265,7 +265,7 @@ def test_steps_that_take_no_time_cost_nothing_and_are_not_the_last_word() -> Non
     for _ in range(1000):
         model.observe(random_step(rng), 0.0)
     assert model.predict_ms(random_step(rng)) < 0.1
-    for _ in range(500):
+    for _ in range(1000):
         features = random_step(rng)
         model.observe(features, true_ms(features))
     for _ in range(50):
