@@ -144,8 +144,10 @@ class ReclaimLadder:
     ) -> bool:
         """Take ``shortage`` blocks from residents; if that is impossible, none yields."""
         rules, residents = self._rules, self._table.resident[first_victim:]
-        limits = {rules.max_preemptions, rules.max_preemptions if is_admission else None}
-        for limit in sorted(limits, key=lambda limit: limit is None):
+        limits = [rules.max_preemptions]
+        if not is_admission and rules.max_preemptions is not None:
+            limits.append(None)  # a resident that cannot grow otherwise spares none
+        for limit in limits:
             candidates = victim_candidates(
                 residents, rules.victim_order, limit, self._kv_cache.recompute_cost
             )
@@ -199,12 +201,11 @@ class ReclaimLadder:
             yielded = PreemptionMode.SWAP if is_swapped else PreemptionMode.TAIL
             if victim.status is RequestStatus.RUNNING:
                 self._table.move(victim, RequestStatus.PAUSED, now)  # until it has its tail again
-        elif any(sequence.swap_table for sequence in victim.live):
-            yielded = PreemptionMode.SWAP
-            self._table.move(victim, RequestStatus.SWAPPED, now)
         else:
-            yielded = PreemptionMode.RECOMPUTE
-            self._table.move(victim, RequestStatus.PREEMPTED, now)
+            outside = victim.status_outside
+            is_swapped = outside is RequestStatus.SWAPPED
+            yielded = PreemptionMode.SWAP if is_swapped else PreemptionMode.RECOMPUTE
+            self._table.move(victim, outside, now)
         self._note_yield(
             victim,
             yielded,

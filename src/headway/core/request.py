@@ -307,6 +307,12 @@ class Request:
         return any(sequence.block_table for sequence in self.live)
 
     @property
+    def status_outside(self) -> RequestStatus:
+        """Where it stands once it has begun and holds no blocks in the pool."""
+        is_swapped = any(sequence.swap_table for sequence in self.live)
+        return RequestStatus.SWAPPED if is_swapped else RequestStatus.PREEMPTED
+
+    @property
     def num_output_tokens(self) -> int:
         """Generated tokens so far, of all choices."""
         return sum(len(each.token_ids) for each in self.sequences) - self.num_prompt_tokens * len(

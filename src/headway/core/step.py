@@ -1,4 +1,4 @@
-"""What one step may still hold: slots, tokens and time, and who may be in it beside whom.
+"""What one step may still hold: slots, tokens and time, and which requests may share it.
 
 Blocks are the fourth budget; they are the block manager's. The rules here are the same for
 Headway's own engine and inside vLLM.
@@ -76,7 +76,6 @@ class Step:
         "_prefill_context",
         "_prefill_count",
         "_prefill_tokens",
-        "_rides_none",
         "_share_ms",
         "_shares",
         "_urgent_prefill_tokens",
@@ -109,7 +108,6 @@ class Step:
         #: Whether a request would have computed more, had there been time.
         self.is_short_of_time = False
         self._share_ms = rules.share_ms
-        self._rides_none = self._share_ms == 0.0
         self._prefill_tokens = prefill_tokens
         self._urgent_prefill_tokens = 0
         #: Of the time, by request id, where it was too short in the step before.
@@ -131,7 +129,7 @@ class Step:
         """Whether neither ``request`` nor any that ranks below it may be in the step."""
         if self._barrier is not None and request.key > self._barrier:
             return True
-        return self._rides_none and self.rides(request)
+        return self._share_ms == 0.0 and self.rides(request)
 
     def rides(self, request: Placeable) -> bool:
         """Whether a more urgent request is in the step, by enough to displace ``request``."""
@@ -204,8 +202,7 @@ class Step:
             count = self._fit_prefill(count, outranks)
             count -= count % num_rows
         if self.time is not None:
-            want = Want(request, count, num_rows, num_logit_rows)
-            count = self._fit_time(request, want, self.time)
+            count = self._fit_time(request, count, num_rows, num_logit_rows, self.time)
         return count
 
     def _fit_prefill(self, count: int, outranks: bool) -> int:
@@ -225,20 +222,21 @@ class Step:
         self._prefill_tokens -= count
         return count
 
-    def _fit_time(self, request: Placeable, want: Want, time: TimeBudget) -> int:
-        count = want.num_tokens
+    def _fit_time(
+        self, request: Placeable, count: int, num_rows: int, num_logit_rows: int, time: TimeBudget
+    ) -> int:
         if self._share_ms < math.inf and self.rides(request):
             # Not ``tighten``, which leaves some time to all: a rider has no claim to any.
             time.limit_ms = min(time.limit_ms, self._share_ms)
         share = min(count, self._shares.get(request.request_id, count))
-        if share < count and want.num_rows > 1:
+        if share < count and num_rows > 1:
             # All or none; and all for the first of all, or the step might do nothing. What the
             # request would compute was asked before it got blocks: then of its leader, perhaps.
             share = 0 if self.first else count
         if share:
             share = affordable(
                 time,
-                want._replace(num_tokens=share),
+                Want(request, share, num_rows, num_logit_rows),
                 is_first=self.first is None,
                 limit_ms=self._limit_ms(request, time),
             )

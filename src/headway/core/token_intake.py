@@ -120,9 +120,7 @@ class TokenIntake:
             self._table.move(request, status, now)
         request.live.remove(sequence)
         if request.live and not request.holds_blocks:
-            # What it has left, if anything, is in the swap space.
-            is_swapped = any(sibling.swap_table for sibling in request.live)
-            outside = RequestStatus.SWAPPED if is_swapped else RequestStatus.PREEMPTED
+            outside = request.status_outside
             if request.status not in (outside, RequestStatus.WAITING):
                 self._table.move(request, outside, now)
 
