@@ -101,20 +101,21 @@ class KVCacheManager:
         By far the most frequent growth, and a short one: there is nothing to find, copy or
         swap in, and a block is available.
         """
-        manager = self.block_manager
+        manager, size = self.block_manager, self.config.block_size
         table = sequence.block_table
-        capacity = len(table) * manager.block_size
+        capacity = len(table) * size
         if (
             sequence.num_computed_tokens != capacity
-            or not 0 < _num_known(sequence) - capacity <= manager.block_size
+            or not 0 < len(sequence.token_ids) + len(sequence.draft_token_ids) - capacity <= size
             or sequence.swap_table
             or not table
             or not manager.num_available
         ):
             return False
         sequence.block_table = (*table, manager.append_one(sequence.sequence_id))
-        sequence.capacity = capacity + manager.block_size
-        sequence.settle()
+        sequence.capacity = capacity + size
+        if sequence.quiet_until:
+            sequence.stay_quiet()
         return True
 
     def claim(self, sequence: Sequence, donor: Sequence | None = None) -> Claim:
@@ -138,7 +139,8 @@ class KVCacheManager:
         partial, is_partial = divmod(computed, manager.block_size)
         if is_partial and manager.ref_counts[table[partial]] > 1:
             shared = table[partial]
-        manager.touch(found)
+        if found:
+            manager.touch(found)
         return Claim(sequence, found, num_needed - len(found), shared)
 
     def withdraw(self, claims: Iterable[Claim]) -> None:
@@ -161,7 +163,8 @@ class KVCacheManager:
         num_held, num_found = len(sequence.block_table), len(claim.found)
         if not num_held:
             manager.allocate(sequence_id)
-        manager.share(sequence_id, claim.found)
+        if claim.found:
+            manager.share(sequence_id, claim.found)
         table = sequence.block_table = tuple(manager.append(sequence_id, claim.num_fresh))
         sequence.capacity = len(table) * size
         if num_found:
@@ -224,7 +227,8 @@ class KVCacheManager:
         if sequence.block_table:
             self.block_manager.free(sequence.sequence_id)
             sequence.block_table = _NONE
-        self.drop_swapped(sequence)
+        if sequence.swap_table:
+            self.drop_swapped(sequence)
 
     def drop_swapped(self, sequence: Sequence) -> None:
         """Give up what a sequence has in the swap space."""

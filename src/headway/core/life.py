@@ -7,7 +7,6 @@ collections that it stands for.
 
 from __future__ import annotations
 
-from collections import deque
 from enum import Enum
 from typing import Final
 
@@ -121,7 +120,7 @@ class Life:
         #: Where it stands.
         self.status = RequestStatus.WAITING
         #: The latest ``HISTORY`` changes as (seconds, new status), oldest first.
-        self.history: deque[tuple[float, RequestStatus]] = deque(maxlen=HISTORY)
+        self.history: list[tuple[float, RequestStatus]] = []
         #: All changes so far.
         self.num_changes = 0
         #: How often it sat a step out while its blocks stayed.
@@ -145,7 +144,7 @@ class Life:
             InvalidTransition: the table has no such move; the message holds the history.
         """
         if status not in TRANSITIONS[self.status]:
-            latest = list(self.history)[-20:]
+            latest = self.history[-20:]
             history = " → ".join(f"{past.value}@{time:.3f}" for time, past in latest)
             raise InvalidTransition(
                 f"a request cannot go from {self.status.value} to {status.value} "
@@ -164,6 +163,8 @@ class Life:
 
     def _note(self, status: RequestStatus, now: float) -> None:
         self.history.append((now, status))
+        if len(self.history) > HISTORY:
+            del self.history[0]
         self.num_changes += 1
 
     def _leave_phase(self, now: float) -> None:

@@ -88,9 +88,10 @@ class ReclaimLadder:
         Returns:
             Whether the whole need could be met; if not, no resident has yielded.
         """
-        if request.n == 1 and self._kv_cache.append_block(request.live[0]):
+        is_single = request.n == 1
+        if is_single and not is_admission and self._kv_cache.append_block(request.leader):
             return True
-        reserve = self._reserve(request) if is_admission and request.n > 1 else 0
+        reserve = self._reserve(request) if is_admission and not is_single else 0
         while claims := self._claims(request):
             needed = _num_needed(claims, self._manager.ref_counts) + reserve
             shortage = needed - self._manager.num_available

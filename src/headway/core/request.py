@@ -76,6 +76,7 @@ class Request:
         "is_plain",
         "key",
         "last_step",
+        "leader",
         "life",
         "live",
         "n",
@@ -178,8 +179,10 @@ class Request:
         # Its sequences.
         #: The choices, by index; the first alone until the prompt has been computed.
         self.sequences: list[Sequence] = [Sequence(self, 0, token_ids)]
-        #: Those that are unfinished; the first of them is the leader.
+        #: Those that are unfinished.
         self.live: list[Sequence] = self.sequences.copy()
+        #: The first unfinished sequence, or the first of all: the one that computes the prompt.
+        self.leader: Sequence = self.sequences[0]
         #: ``num_tokens`` at which the output of a sequence is as long as it may get.
         self.token_limit = len(token_ids) + sampling_params.max_tokens
         #: Tokens that end the output.
@@ -258,6 +261,7 @@ class Request:
                 sequence = Sequence(self, index, prompt_token_ids.copy())
                 sequence.finish_status = RequestStatus.FINISHED_STOPPED
             self.sequences.append(sequence)
+        self.leader = self.live[0]
 
     # ------------------------------------------------------------------ reading
 
@@ -290,11 +294,6 @@ class Request:
     def awaits_first_token(self) -> bool:
         """Whether no token has been generated."""
         return len(self.leader.token_ids) == self.num_prompt_tokens
-
-    @property
-    def leader(self) -> Sequence:
-        """The first unfinished sequence, or the first of all: the one that computes the prompt."""
-        return self.live[0] if self.live else self.sequences[0]
 
     @property
     def num_rows(self) -> int:
@@ -399,6 +398,11 @@ class Request:
         self.sequences.append(sequence)
         self.live.append(sequence)
         return sequence
+
+    def drop(self, sequence: Sequence) -> None:
+        """One of its sequences has ended."""
+        self.live.remove(sequence)
+        self.leader = self.live[0] if self.live else self.sequences[0]
 
     def draw_seed(self, seed: int) -> None:
         """Take ``seed`` if it draws and has none; before it is added."""

@@ -110,7 +110,7 @@ class RequestTable:
         Raises:
             InvalidTransition: there is no such move.
         """
-        before = request.status
+        before = request.life.status
         request.life.enter(status, now)
         if before is RequestStatus.RUNNING:
             for sequence in request.live:
@@ -127,7 +127,8 @@ class RequestTable:
             self.num_groups -= request.n > 1
         else:
             self.num_by_status[status] += 1
-        self._note(request, now)
+        if self.on_change is not None:
+            self._note(request, now)
 
     def rerank(self, request: Request, rank: Callable[[Request], None]) -> None:
         """Let ``rank`` give a request another key. O(log n), O(residents) if it is resident."""

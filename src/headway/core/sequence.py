@@ -66,9 +66,7 @@ class Sequence:
         self.num_prompt_tokens: int = request.num_prompt_tokens
         #: What all rows of it have in common, and the tokens that end it; settled when the request
         #: is added to a scheduler.
-        self.facts = RowFacts(
-            request.request_id, index, request.num_prompt_tokens, request.sampling_params, (None,)
-        )
+        self.facts: RowFacts
         self.stop_token_ids: frozenset[int] = request.sampling_params.stop_token_ids
         #: Rows of logits that are read for each token of it.
         self.num_logit_rows = 0
@@ -95,7 +93,7 @@ class Sequence:
         self.commit_at = 0
         #: Up to so many computed tokens, a step is one token like any other: the request runs, the
         #: sequence decodes a plain next token into a block that it has, and no block is full and
-        #: no limit reached after it. 0 = look at everything.
+        #: no limit reached after it. The sequence is quiet then; 0 = look at everything.
         self.quiet_until = 0
         #: Swap slots of the blocks that follow ``block_table``, in order of position.
         self.swap_table = _NONE
@@ -118,7 +116,7 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     def settle(self) -> None:
-        """Set ``quiet_until`` from everything else."""
+        """Set ``quiet_until`` from everything else, once a token has been taken in."""
         request, computed = self.request, self.num_computed_tokens
         num_tokens = len(self.token_ids)
         is_quiet = (
@@ -129,8 +127,14 @@ class Sequence:
         )
         self.last_token_ids = (self.token_ids[-1],)
         self.num_scheduled_tokens = 1
-        limit = min(self.commit_at, self.capacity, request.token_limit - 1)
-        self.quiet_until = limit if is_quiet else 0
+        if is_quiet:
+            self.stay_quiet()
+        else:
+            self.quiet_until = 0
+
+    def stay_quiet(self) -> None:
+        """Set ``quiet_until`` of a quiet sequence that has filled a block or got another."""
+        self.quiet_until = min(self.commit_at, self.capacity, self.request.token_limit - 1)
 
     @property
     def lacks_blocks(self) -> bool:

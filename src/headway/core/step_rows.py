@@ -111,13 +111,10 @@ class StepRows:
         add_sequence, add_fields = self.sequences.append, self.fields.append
         num_seqs = num_context = num_logits = 0
         for request in requests:
-            sequence = request.live[0]
+            sequence = request.leader
             computed = sequence.num_computed_tokens
             if computed >= sequence.quiet_until and not (
-                computed == sequence.capacity
-                and sequence.is_running
-                and append_block(sequence)
-                and computed < sequence.quiet_until
+                sequence.quiet_until and append_block(sequence)
             ):
                 break
             add_sequence(sequence)

@@ -54,13 +54,16 @@ class TokenIntake:
             for sequence in rows.sequences:
                 served[sequence.request] += sequence.num_scheduled_tokens
         for sequence, sampled in zip(rows.sequences, tokens, strict=True):
-            computed = sequence.num_computed_tokens + 1
-            if computed < sequence.quiet_until and len(sampled) == 1:
+            quiet_until = sequence.quiet_until
+            if quiet_until and len(sampled) == 1:
                 (token_id,) = sequence.last_token_ids = sampled
-                sequence.num_computed_tokens = computed
+                computed = sequence.num_computed_tokens = sequence.num_computed_tokens + 1
                 sequence.token_ids.append(token_id)
-                if token_id not in sequence.stop_token_ids:
+                if computed < quiet_until and token_id not in sequence.stop_token_ids:
                     continue
+                if computed >= sequence.commit_at:
+                    self._kv_cache.commit(sequence)
+                sequence.stay_quiet()
                 self._end_if_due(sequence, now)
             elif sequence.is_running:
                 self.take(sequence, sequence.num_scheduled_tokens, sampled, now)
@@ -118,7 +121,7 @@ class TokenIntake:
         self._kv_cache.free(sequence)
         if len(request.live) == 1:
             self._table.move(request, status, now)
-        request.live.remove(sequence)
+        request.drop(sequence)
         if request.live and not request.holds_blocks:
             outside = request.status_outside
             if request.status not in (outside, RequestStatus.WAITING):

@@ -46,7 +46,7 @@ def timeline(request: Request, now: float | None = None) -> list[Segment]:
     if request.arrival_time is None:
         return []
     life = request.life
-    changes = list(life.history)
+    changes = life.history.copy()
     if len(changes) == life.num_changes:
         # It waited from its arrival on, not from when the engine took it in.
         changes[:1] = [(request.arrival_time, RequestStatus.WAITING)]
