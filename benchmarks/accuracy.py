@@ -5,7 +5,8 @@
 
 Two parts: the ids that tokenizer and chat template give for 200 texts (``accuracy_tokenizer.py``),
 and the distribution over the next token at a thousand positions each of prefill and decode
-(``accuracy_model.py``). Exits with status 1 if a figure misses its target.
+(``accuracy_model.py``), whose logits must be the same, bit for bit. Exits with status 1 if a figure
+misses its target.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import machine
 from rich.console import Console
@@ -26,15 +28,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from headway.core.errors import HeadwayError
-from headway.models.conversion import WeightFormat
+from headway.executor.precision import PRECISIONS
 from headway.models.registry import DEFAULT_MODEL, resolve
 
 _PARTS = ("tokenizer", "model")
 
 #: The targets, for prefill and decode alike.
-MAX_MEAN_KL = 0.01
-MAX_NLL_DIFFERENCE = 0.02
-MIN_TOP1_AGREEMENT = 0.90
+MAX_MEAN_KL = 0.005
+MAX_NLL_DIFFERENCE = 0.01
+MIN_TOP1_AGREEMENT = 0.95
 
 
 _VERDICTS = {True: "[green]met[/]", False: "[red]missed[/]", None: "no target"}
@@ -105,13 +107,12 @@ def _options() -> argparse.Namespace:
         "--llama-server", metavar="URL", help="a llama-server of the same file, to compare ids with"
     )
     parser.add_argument(
-        "--weight-formats",
+        "--precision",
         nargs="+",
-        choices=get_args(WeightFormat),
-        default=[None],
-        help="of the executor, one run each (the processor's best)",
+        choices=PRECISIONS,
+        default=PRECISIONS,
+        help="of activations, a run each (both)",
     )
-    parser.add_argument("--kv-cache-dtype", help="of the executor (the processor's best)")
     return parser.parse_args()
 
 
@@ -144,7 +145,7 @@ def _model(path: Path, options: argparse.Namespace, progress: Progress) -> dict[
     import accuracy_model as part  # noqa: PLC0415
 
     from headway.engine.tokenizer import Tokenizer  # noqa: PLC0415
-    from headway.executor.openvino import OpenVINOExecutor  # noqa: PLC0415
+    from headway.executor.native import NativeExecutor  # noqa: PLC0415
 
     texts = part.sequences(Tokenizer(path), count=max(2, -(-options.positions // part.CONTEXT)))
     task = progress.add_task("reference", total=len(texts) * part.CONTEXT)
@@ -155,28 +156,36 @@ def _model(path: Path, options: argparse.Namespace, progress: Progress) -> dict[
         "text_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "runs": [],
     }
-    for weight_format in options.weight_formats:
-        executor = OpenVINOExecutor(
+    for precision in options.precision:
+        executor = NativeExecutor(
             path,
             max_num_seqs=part.STREAMS,
             max_model_len=part.CONTEXT,
             swap_space_bytes=0,
-            weight_format=weight_format,
-            kv_cache_dtype=options.kv_cache_dtype,
+            precision=precision,
         )
         try:
-            run: dict[str, Any] = {"executor": executor.describe()}
-            label = executor.precision.weight_format
-            for name, look in (("prefill", part.prefill), ("decode", part.decode)):
-                task = progress.add_task(f"{label} {name}", total=options.positions)
-                advance = functools.partial(progress.advance, task)
-                measured = look(executor, texts, reference, options.positions, advance)
-                progress.update(task, completed=options.positions)
-                run[name] = measured.summary()
+            known = (executor, texts, reference, options.positions)
+            advance = _bar(progress, f"{precision} prefill", options.positions)
+            prefilled, digests = part.prefill(*known, advance)
+            advance = _bar(progress, f"{precision} decode", options.positions)
+            decoded, num_equal = part.decode(*known, digests, advance)
+            run = {
+                "precision": precision,
+                "executor": executor.describe(),
+                "prefill": prefilled.summary(),
+                "decode": decoded.summary(),
+            }
+            run["decode"]["positions_with_the_bits_of_prefill"] = num_equal
             results["runs"].append(run)
         finally:
             executor.close()
     return results
+
+
+def _bar(progress: Progress, name: str, total: int) -> Callable[[int], None]:
+    """A bar that goes on by so much with each call."""
+    return functools.partial(progress.advance, progress.add_task(name, total=total))
 
 
 def _tokenizer_figures(result: dict[str, Any]) -> list[Figure]:
@@ -196,12 +205,11 @@ def _tokenizer_figures(result: dict[str, Any]) -> list[Figure]:
 def _model_figures(result: dict[str, Any]) -> list[Figure]:
     figures = []
     for run in result["runs"]:
-        weights = run["executor"]["weights"]
         for name in ("prefill", "decode"):
             found = run[name]
             kl, agreement = found["mean_kl"], found["top1_agreement"]
             difference = found["nll_difference"]
-            label = f"{name} ({weights})"
+            label = f"{run['precision']} {name}"
             figures += [
                 Figure(f"{label}: mean KL", f"{kl:.2g}", f"≤ {MAX_MEAN_KL}", kl <= MAX_MEAN_KL),
                 Figure(
@@ -217,6 +225,16 @@ def _model_figures(result: dict[str, Any]) -> list[Figure]:
                     agreement >= MIN_TOP1_AGREEMENT,
                 ),
             ]
+        decoded = run["decode"]
+        equal, positions = decoded["positions_with_the_bits_of_prefill"], decoded["positions"]
+        figures.append(
+            Figure(
+                f"{run['precision']} decode: logits bitwise those of prefill",
+                f"{equal:,}",
+                f"{positions:,}",
+                equal == positions,
+            )
+        )
     return figures
 
 

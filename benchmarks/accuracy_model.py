@@ -4,11 +4,13 @@ A language model whose arithmetic is wrong still answers in good English. So its
 the next token is compared, position by position, with that of ``transformers`` in float32 on the
 weights of the same file, over real text with contexts up to 2,000 tokens. What is compared goes
 through the executor, with block tables and steps as requests have them, in the two ways in which a
-position can be computed: in prefill chunks of many sizes, and by decoding in a batch.
+position can be computed: in prefill chunks of many sizes, and by decoding in a batch. Both must
+give the same logits, bit for bit.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -17,16 +19,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from native_steps import compute
 
 from headway.core.sampling_params import SamplingParams
-from headway.core.scheduler_output import StepRow
+from headway.core.scheduler_output import RatedPrompt, StepRow
 from headway.engine.tokenizer import Tokenizer
-from headway.executor.openvino import OpenVINOExecutor
+from headway.executor.native import NativeExecutor
 
-__all__ = ["CONTEXT", "STREAMS", "Measured", "decode", "prefill", "reference_logits", "sequences"]
+__all__ = [
+    "CONTEXT",
+    "STREAMS",
+    "Digests",
+    "Measured",
+    "decode",
+    "prefill",
+    "reference_logits",
+    "sequences",
+]
 
 Logits = npt.NDArray[np.float32]
 Advance = Callable[[int], None]
+#: Of the logits' bits, by (text, position).
+Digests = dict[tuple[int, int], bytes]
 
 #: Tokens of a sequence, and so the longest context.
 CONTEXT = 2_000
@@ -116,104 +130,112 @@ def reference_logits(path: Path, texts: Sequence[Sequence[int]], advance: Advanc
 
 
 def prefill(
-    executor: OpenVINOExecutor,
+    executor: NativeExecutor,
     texts: Sequence[Sequence[int]],
     reference: Sequence[Logits],
     positions: int,
     advance: Advance,
-) -> Measured:
-    """Prefill each sequence in chunks of many sizes, and look at ``positions`` of them in all."""
+) -> tuple[Measured, Digests]:
+    """Prefill each sequence in chunks of many sizes, and look at ``positions`` of them in all.
+
+    Returns:
+        What was found, and the digests of all positions.
+    """
     stride = max(1, len(texts) * CONTEXT // positions)
     found = []
-    for token_ids, expected in zip(texts, reference, strict=True):
-        (text,) = _texts(executor, [token_ids[:CONTEXT]])
+    digests: Digests = {}
+    for index, (token_ids, expected) in enumerate(zip(texts, reference, strict=True)):
+        (text,) = _texts(executor, [token_ids])
         start = turn = 0
         while start < CONTEXT:
             size = min(_CHUNKS[turn % len(_CHUNKS)], CONTEXT - start)
             turn += 1
-            batch = executor.batch([text.row(start, size)])
-            # A row asks for the logits of its last token only; here, all are wanted.
-            # The chunk's are the last ones of its sequence: a short chunk is computed with what
-            # precedes it, and there may be padding sequences behind.
-            rows = np.arange(batch.inputs["subsequence_begins"][1], dtype=np.int32)
-            batch.inputs.update(sample_rows=rows, logit_rows=rows[-size:])
-            logits = executor.forward(batch).logits
+            logits = compute(executor, [text.row(start, size)]).logits
+            for row in range(size):
+                digests[index, start + row] = _digest(logits[row])
             looked_at = np.arange(-start % stride, size, stride)
             following = [token_ids[start + row + 1] for row in looked_at]
             found.append(_measure(expected[start + looked_at], logits[looked_at], following))
             start += size
             advance(len(looked_at))
-    return _concatenate(found)
+    return _concatenate(found), digests
 
 
 def decode(
-    executor: OpenVINOExecutor,
+    executor: NativeExecutor,
     texts: Sequence[Sequence[int]],
     reference: Sequence[Logits],
     positions: int,
+    digests: Digests,
     advance: Advance,
-) -> Measured:
-    """Decode the texts' own tokens in a batch of streams, each beginning at another context."""
+) -> tuple[Measured, int]:
+    """Decode the texts' own tokens in a batch of streams, each beginning at another context.
+
+    Returns:
+        What was found, and at how many positions the logits are those with the given digests.
+    """
     steps = min(CONTEXT - 1, -(-positions // STREAMS))
     of_text = [stream % len(texts) for stream in range(STREAMS)]
     starts = [1 + stream * (CONTEXT - 1 - steps) // (STREAMS - 1) for stream in range(STREAMS)]
-    streams = _texts(executor, [texts[index] for index in of_text], starts)
+    streams = _texts(executor, [texts[index] for index in of_text])
     for stream, length in zip(streams, starts, strict=True):
         for start in range(0, length, 128):
-            executor.forward(executor.batch([stream.row(start, min(128, length - start))]))
+            compute(executor, [stream.row(start, min(128, length - start))])
     found = []
+    num_equal = 0
     for step in range(steps):
         at = [start + step for start in starts]
         rows = [stream.row(position, 1) for stream, position in zip(streams, at, strict=True)]
-        logits = executor.forward(executor.batch(rows)).logits
+        logits = compute(executor, rows).logits
         expected = [reference[index][position] for index, position in zip(of_text, at, strict=True)]
         following = [texts[index][n + 1] for index, n in zip(of_text, at, strict=True)]
-        found.append(_measure(np.stack(expected), logits[:STREAMS], following))
+        found.append(_measure(np.stack(expected), logits, following))
+        num_equal += sum(
+            digests[place] == _digest(line)
+            for place, line in zip(zip(of_text, at, strict=True), logits, strict=True)
+        )
         advance(STREAMS)
-    return _concatenate(found)
+    return _concatenate(found), num_equal
+
+
+def _digest(logits: Logits) -> bytes:
+    return hashlib.blake2b(logits.tobytes(), digest_size=16).digest()
 
 
 class _Text(NamedTuple):
     """A sequence in the pool.
 
     Attributes:
-        token_ids: all of them.
-        num_prompt_tokens: so many count as prompt; those behind it are decoded, not prefilled.
+        token_ids: all of them, one more than the context has.
         block_table: for a whole context.
     """
 
     token_ids: Sequence[int]
-    num_prompt_tokens: int
     block_table: tuple[int, ...]
 
     def row(self, start: int, size: int) -> StepRow:
-        """A step's row that computes so many tokens, and draws one after them."""
+        """A step's row that computes so many tokens, and the logits after each of them."""
+        following = tuple(self.token_ids[start + 1 : start + size + 1])
         return StepRow(
             "text",
             0,
             tuple(self.token_ids[start : start + size]),
             start,
             self.block_table,
-            self.num_prompt_tokens,
-            SamplingParams(temperature=1.0),
-            seeds=(0,),
-            context=tuple(self.token_ids[max(0, start - 1) : start]),
+            len(self.token_ids),
+            SamplingParams(prompt_logprobs=0),
+            rated=RatedPrompt(start + 1, following),
         )
 
 
-def _texts(
-    executor: OpenVINOExecutor,
-    texts: Sequence[Sequence[int]],
-    prompt_lengths: Sequence[int] | None = None,
-) -> list[_Text]:
+def _texts(executor: NativeExecutor, texts: Sequence[Sequence[int]]) -> list[_Text]:
     """Texts with blocks for a whole context each; they lie interleaved in the pool."""
     needed = -(-CONTEXT // executor.block_size) * len(texts)
     if needed > executor.num_blocks:
         raise SystemExit(f"the pool has {executor.num_blocks} blocks, {needed} are needed")
-    lengths = prompt_lengths or [len(token_ids) for token_ids in texts]
     return [
-        _Text(token_ids, length, tuple(range(index, needed, len(texts))))
-        for index, (token_ids, length) in enumerate(zip(texts, lengths, strict=True))
+        _Text(token_ids, tuple(range(index, needed, len(texts))))
+        for index, token_ids in enumerate(texts)
     ]
 
 

@@ -15,12 +15,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from headway.kernels.compilers import compilers
+from headway.kernels.paths import available_paths
+
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("numpy", "openvino", "tokenizers", "torch", "transformers")
+_PACKAGES = ("numpy", "tokenizers", "torch", "transformers")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, instruction sets, memory, versions: what a figure depends on."""
+    """Processor, cores, memory, kernels, versions: what a figure depends on."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     fields = dict(
@@ -35,6 +38,10 @@ def describe() -> dict[str, Any]:
         "isa": [flag for flag in isa if flag in flags],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
+        "kernels": {
+            "paths": available_paths(),
+            "compiler": next((compiler.version for compiler in compilers()), None),
+        },
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
     }
 

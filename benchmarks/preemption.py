@@ -22,6 +22,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import machine
+import native_steps
 
 from headway.core.config import SchedulerConfig
 from headway.core.request import Request, RequestStatus, SamplingParams
@@ -32,7 +33,7 @@ from headway.engine.config import EngineConfig
 from headway.engine.engine import Engine
 from headway.engine.outputs import EngineOutput, RequestMetrics
 from headway.engine.tokenizer import Tokenizer
-from headway.executor.openvino import OpenVINOExecutor
+from headway.executor.native import NativeExecutor
 from headway.models.registry import resolve
 
 SWAPPED_TOKENS = 1_000
@@ -103,7 +104,7 @@ class Witness:
 # ---------------------------------------------------------------------------- resuming
 
 
-def measure_resume(executor: OpenVINOExecutor, prompts: Sequence[list[int]]) -> dict[str, Any]:
+def measure_resume(executor: NativeExecutor, prompts: Sequence[list[int]]) -> dict[str, Any]:
     """Urgent requests take the slots of decoding ones; how soon do those go on?"""
     num_seqs = 4
     engine = make_engine(executor, Way("resume", "auto", num_seqs, 256))
@@ -137,7 +138,7 @@ def measure_resume(executor: OpenVINOExecutor, prompts: Sequence[list[int]]) -> 
 # ---------------------------------------------------------------------------- swap or recompute
 
 
-def measure_swap(executor: OpenVINOExecutor, runs: int, chunk: int = 256) -> dict[str, Any]:
+def measure_swap(executor: NativeExecutor, runs: int, chunk: int = 256) -> dict[str, Any]:
     """Milliseconds of a prefill, and of copying the same blocks out and in again."""
     num_blocks = -(-SWAPPED_TOKENS // executor.block_size)
     draw = random.Random(0)
@@ -293,7 +294,7 @@ def run_alone(engine: Engine, cases: Sequence[Case]) -> None:
         case.expected = witness.token_ids[case.request_id]
 
 
-def measure_way(executor: OpenVINOExecutor, way: Way, cases: Sequence[Case]) -> dict[str, Any]:
+def measure_way(executor: NativeExecutor, way: Way, cases: Sequence[Case]) -> dict[str, Any]:
     """Run the cases this way and compare."""
     engine = make_engine(executor, way)
     start = perf_counter()
@@ -325,7 +326,7 @@ def measure_way(executor: OpenVINOExecutor, way: Way, cases: Sequence[Case]) -> 
     }
 
 
-def describe_mismatch(executor: OpenVINOExecutor, case: Case, got: list[int]) -> dict[str, Any]:
+def describe_mismatch(executor: NativeExecutor, case: Case, got: list[int]) -> dict[str, Any]:
     """Where the outputs part, and how close the two tokens were. Overwrites the pool."""
     shorter = min(len(case.expected), len(got))
     parted = (at for at in range(shorter) if case.expected[at] != got[at])
@@ -340,7 +341,7 @@ def describe_mismatch(executor: OpenVINOExecutor, case: Case, got: list[int]) ->
         blocks = tuple(range(-(-len(prompt) // executor.block_size)))
         params = SamplingParams(temperature=1.0)
         row = StepRow("probe", 0, tuple(prompt), 0, blocks, len(prompt), params, seeds=(0,))
-        logits = executor.forward(executor.batch([row])).logits
+        logits = native_steps.compute(executor, [row]).logits
         wanted, found = case.expected[at], got[at]
         report |= {"expected": wanted, "got": found}
         report["logit_gap"] = round(float(logits[0, wanted] - logits[0, found]), 5)
@@ -355,7 +356,7 @@ def greedy(request_id: str, prompt: list[int], max_tokens: int, priority: int = 
     return Request(request_id, priority, prompt, sampling_params=params)
 
 
-def make_engine(executor: OpenVINOExecutor, way: Way) -> Engine:
+def make_engine(executor: NativeExecutor, way: Way) -> Engine:
     """A fresh engine on ``executor``; no text is needed."""
     config = SchedulerConfig(
         max_num_seqs=way.max_num_seqs,
@@ -383,8 +384,8 @@ def main() -> int:
     cases = make_cases(arguments.requests, arguments.tokens, Tokenizer(path))
     ways = [way for way in WAYS if way.name in arguments.ways]
 
-    executor = OpenVINOExecutor(path)
-    results: dict[str, Any] = {"invariance": executor.invariance.summary}
+    executor = NativeExecutor(path)
+    results: dict[str, Any] = {"kernels": executor.describe()["kernels"]}
     results["swap"] = measure_swap(executor, arguments.runs)
     results["resume"] = measure_resume(executor, [(case.prompt * 20)[:60] for case in cases[:5]])
     run_alone(make_engine(executor, ALONE), cases)
@@ -399,7 +400,7 @@ def main() -> int:
         json.dump(results, sys.stdout, indent=2)
         return not is_met
     swap, resume = results["swap"], results["resume"]
-    print(f"invariance: {results['invariance']}")
+    print(f"kernels: {results['kernels']}")
     print(
         f"resume after pause: {resume['recomputed_tokens']} tokens recomputed (target 0), next "
         f"token in step {resume['steps_until_next_token_max']} (target {MAX_RESUME_STEPS}), "

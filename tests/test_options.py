@@ -27,7 +27,7 @@ from headway.server.options import SERVE_OPTIONS
 
 #: Fields that no option sets, or that are put together from several.
 WITHOUT_OPTION = {
-    EngineConfig: {"model", "deterministic", "num_threads", "executor", "sharing"},
+    EngineConfig: {"model", "executor", "sharing"},
     SharingRules: {"victim_order", "share_ms"},  # derived
     ServerConfig: {"api_keys", "max_num_choices", "max_stop"},
 }

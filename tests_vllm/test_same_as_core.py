@@ -73,9 +73,7 @@ class CoreStory:
                 block_size=BLOCK_SIZE,
                 max_model_len=MAX_MODEL_LEN,
                 policy="priority" if tale.tau_s is None else AgingPolicy(tale.tau_s),
-                # As vLLM: a victim loses all blocks, and computes what it lost by prefill.
-                preemption_mode=PreemptionMode.RECOMPUTE,
-                deterministic=False,
+                preemption_mode=PreemptionMode.RECOMPUTE,  # as vLLM: a victim loses all blocks
                 max_step_ms=tale.max_step_ms,
                 slos=tuple(SLO.parse(text) for text in tale.slos),
                 sharing=SharingRules(**{**RULES, **tale.rules}),

@@ -3,7 +3,7 @@
 Results go to standard output, everything else to standard error, so output can be piped. Exit
 status: 0 done, 2 refused (one line says why), 130 interrupted. A traceback means a bug.
 
-What takes long to import (OpenVINO, matplotlib) is imported by the command that needs it.
+What takes long to import (numpy, matplotlib) is imported by the command that needs it.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ _STAGES = {
     "extract": "unpacking the model",
     "checksum": "verifying the file",
     "convert": "converting the weights",
-    "compile": "compiling",
-    "check": "checking the arithmetic",
+    "compile": "compiling the kernels",
+    "try": "trying the kernels",
     "warm up": "warming up",
 }
 

@@ -21,6 +21,7 @@ from headway.core.reclaim import VictimOrder
 from headway.core.sharing_rules import SharingRules
 from headway.core.slo import SLO
 from headway.engine.config import EngineConfig
+from headway.executor.precision import PRECISIONS
 
 __all__ = [
     "ENGINE_OPTIONS",
@@ -279,6 +280,22 @@ ENGINE_OPTIONS: Final = (
         show_default="1GiB, if there is room",
     ),
     setting(EngineConfig, "enable_prefix_caching", "Compute equal beginnings once.", ENGINE_TOPIC),
+    setting(
+        EngineConfig,
+        "num_threads",
+        "Threads that compute.",
+        ENGINE_TOPIC,
+        show_default="one for each processor",
+    ),
+    setting(
+        EngineConfig,
+        "precision",
+        "How activations are held where they are multiplied: int8 is the fastest, bf16 nearer to "
+        "float32.",
+        ENGINE_TOPIC,
+        kind=str,
+        metavar=f"[{'|'.join(PRECISIONS)}]",
+    ),
 )
 
 SLOS: Final = setting(

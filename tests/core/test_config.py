@@ -39,10 +39,6 @@ def test_a_policy_may_be_an_object() -> None:
         ({"max_num_seqs": True}, "max_num_seqs is True, must be an integer of at least 1"),
         ({"max_num_seqs": 2.0}, "max_num_seqs is 2.0, must be an integer of at least 1"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0, must be an integer of at"),
-        (
-            {"max_num_batched_tokens": 0, "deterministic": False},
-            "max_num_batched_tokens is 0, must be an integer of at least 1",
-        ),
         ({"num_blocks": 0}, "num_blocks is 0, must be an integer of at least 1"),
         ({"block_size": -1}, "block_size is -1, must be an integer of at least 1"),
         ({"num_swap_blocks": -1}, "num_swap_blocks is -1, must be an integer of at least 0"),

@@ -141,7 +141,7 @@ def test_no_measurements_make_costs_negative_or_infinite(
 
 def test_the_costs_of_coming_back() -> None:
     model = CostModel((9.0, 0.5, 2.0, 0.1), swap_ms_per_block=0.25)
-    assert model.recompute_ms(num_prefill_tokens=10, num_replayed_tokens=3) == pytest.approx(38.0)
+    assert model.recompute_ms(10) == pytest.approx(5.0)
     assert model.swap_ms(4) == pytest.approx(2.0)  # out and in again
 
 

@@ -113,7 +113,7 @@ def test_drafts_take_no_more_tokens_than_the_step_has(lab: type[Lab]) -> None:
 
 def test_wrong_drafts_are_not_found_by_others(lab: type[Lab]) -> None:
     """A block is findable once it is full of tokens that the sequence has."""
-    lone = drafting(lab, deterministic=False)
+    lone = drafting(lab)
     prompt = lone.scheduler.requests["a"].prompt_token_ids
     lone.scheduler.propose("a", 0, (15, 98, 97))
     lone.step()
@@ -174,14 +174,13 @@ def test_drafts_that_come_while_the_step_is_computed_are_refused(lab: type[Lab])
 @settings(max_examples=40)
 @given(
     mode=st.sampled_from(["none", "pause", "tail", "swap", "recompute", "auto"]),
-    deterministic=st.booleans(),
     right=st.lists(st.lists(st.booleans(), max_size=4), min_size=40, max_size=40),
     urgent=st.integers(1, 20),
 )
 def test_the_output_is_the_same_whatever_is_proposed(
-    lab: type[Lab], mode: str, deterministic: bool, right: list[list[bool]], urgent: int
+    lab: type[Lab], mode: str, right: list[list[bool]], urgent: int
 ) -> None:
-    crowd = lab(num_blocks=8, num_swap_blocks=6, preemption_mode=mode, deterministic=deterministic)
+    crowd = lab(num_blocks=8, num_swap_blocks=6, preemption_mode=mode)
     crowd.token_at = counting
     requests = [crowd.add(name, 1, num_prompt=6, max_tokens=14) for name in "ab"]
     for number, guesses in enumerate(right):

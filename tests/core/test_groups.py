@@ -287,17 +287,15 @@ def test_choices_that_do_not_fit_into_the_pool_together_are_refused(lab: type[La
 
 
 @pytest.mark.parametrize("mode", ["tail", "swap", "recompute", "auto"])
-@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("num_swap_blocks", [0, 20])
 def test_a_group_comes_back_with_all_its_tokens(
-    lab: type[Lab], mode: str, deterministic: bool, num_swap_blocks: int
+    lab: type[Lab], mode: str, num_swap_blocks: int
 ) -> None:
     crowd = grouped(
         lab,
         num_blocks=10,
         num_swap_blocks=num_swap_blocks,
         preemption_mode=mode,
-        deterministic=deterministic,
         cost_model=CostModel((1.0, 1.0, 1.0, 0.0), swap_ms_per_block=1e-3),
     )
     group = crowd.add("group", 1, num_prompt=10, max_tokens=6, n=3)
@@ -315,10 +313,76 @@ def test_a_group_comes_back_with_all_its_tokens(
     assert outputs(group) == undisturbed(group)
 
 
+@pytest.mark.parametrize("max_step_ms", [None, 40.0])
+def test_what_a_group_has_lost_is_computed_in_chunks(
+    lab: type[Lab], max_step_ms: float | None
+) -> None:
+    """Also beside a more urgent request that decodes, for which it sits out no step."""
+    crowd = grouped(
+        lab,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=64,
+        num_blocks=200,
+        max_step_ms=max_step_ms,
+        cost_model=CostModel((1.0, 0.5, 1.0, 0.0)),
+    )
+    group = crowd.add("group", 1, num_prompt=8, max_tokens=60, n=3)
+    crowd.steps(40)
+    assert group.num_output_tokens == 3 * 40
+    crowd.add("urgent", 0, max_tokens=50)
+    crowd.step()
+    crowd.scheduler.preempt("group")
+    steps = []
+    while group.num_output_tokens < 3 * 42:
+        steps.append(crowd.step())
+    assert all(step.ids == ["urgent", "group"] for step in steps)
+    # 8 tokens of the prompt and 41 generated ones of each choice, at most 63 a step.
+    assert len(steps) <= 5
+    assert len(computed_positions(steps, "group")) <= 8 + 3 * 42
+    if max_step_ms is not None:
+        assert max(step.output.predicted_ms for step in steps) <= max_step_ms
+    crowd.drain()
+    assert outputs(group) == undisturbed(group)
+
+
+def test_time_bounds_what_the_first_of_all_computes_again(lab: type[Lab]) -> None:
+    timed = grouped(
+        lab,
+        enable_prefix_caching=False,
+        num_blocks=200,
+        max_step_ms=11.0,
+        cost_model=CostModel((1.0, 0.5, 1.0, 0.0)),
+    )
+    group = timed.add("group", 0, num_prompt=8, max_tokens=60, n=2)
+    timed.steps(50)
+    timed.scheduler.preempt("group")
+    steps = timed.drain()
+    assert max(step.output.predicted_ms for step in steps) <= 11.0
+    assert outputs(group) == undisturbed(group)
+
+
+def test_a_choice_that_has_lost_its_tail_catches_up_at_once(lab: type[Lab]) -> None:
+    """Its sibling waits for it that long."""
+    crowd = grouped(lab, num_blocks=18, preemption_mode="tail", enable_prefix_caching=False)
+    group = crowd.add("group", 1, num_prompt=4, max_tokens=30, n=2)
+    crowd.steps(20)
+    crowd.add("urgent", 0, num_prompt=36, max_tokens=1)  # nine blocks; the group holds eleven
+    step = crowd.step()
+    (victim,) = step.output.preemptions
+    assert (victim.request_id, victim.mode, victim.num_tokens) == ("group", Mode.TAIL, 7)
+    assert step.finished == ["urgent"]
+    assert [each.num_output_tokens for each in group.sequences] == [20, 20]
+    step = crowd.step()
+    assert [(row.index, len(row.token_ids)) for row in step.output] == [(1, 8)]
+    assert [each.num_output_tokens for each in group.sequences] == [20, 21]
+    assert [len(row.token_ids) for row in crowd.step().output] == [1, 1]
+    crowd.drain()
+    assert outputs(group) == undisturbed(group)
+
+
 @settings(max_examples=60)
 @given(
     mode=st.sampled_from(["none", "pause", "tail", "swap", "recompute", "auto"]),
-    deterministic=st.booleans(),
     caching=st.booleans(),
     block_size=st.sampled_from([1, 4]),
     load=st.lists(
@@ -331,7 +395,6 @@ def test_a_group_comes_back_with_all_its_tokens(
 def test_outputs_are_those_of_an_undisturbed_group(
     lab: type[Lab],
     mode: str,
-    deterministic: bool,
     caching: bool,
     block_size: int,
     load: list[tuple[int, int, int, int]],
@@ -343,7 +406,6 @@ def test_outputs_are_those_of_an_undisturbed_group(
         block_size=block_size,
         num_swap_blocks=12,
         preemption_mode=mode,
-        deterministic=deterministic,
         enable_prefix_caching=caching,
     )
     requests, cut_off = [], set()

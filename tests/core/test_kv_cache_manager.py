@@ -1,4 +1,4 @@
-"""What is in the blocks: prefixes found, tails cut and swapped, forks copied, tokens replayed."""
+"""What is in the blocks: prefixes found, tails cut and swapped, forks copied, tokens recomputed."""
 
 from __future__ import annotations
 
@@ -53,10 +53,9 @@ def test_a_prefix_outlives_its_request_until_reused(lab: type[Lab]) -> None:
     assert third.num_cached_tokens == 0
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_something_is_always_left_to_compute(lab: type[Lab], deterministic: bool) -> None:
+def test_something_is_always_left_to_compute(lab: type[Lab]) -> None:
     """One token at least, to sample from."""
-    one = lab(deterministic=deterministic)
+    one = lab()
     one.add("a", prompt=[1, 2, 3, 4, 5, 6, 7, 8, 9], max_tokens=1)
     one.drain()
     one.add("b", prompt=[1, 2, 3, 4, 5, 6, 7, 8, 9], max_tokens=1)
@@ -81,8 +80,8 @@ def test_who_wants_its_prompt_rated_computes_it_itself(lab: type[Lab]) -> None:
     assert rated.num_cached_tokens == 0
     # What it has computed once, it need not compute again.
     one.scheduler.preempt("b")
-    assert one.step().counts == {"b": 2}
-    assert rated.num_computed_tokens == 10
+    assert one.step().counts == {"b": 3}
+    assert rated.num_computed_tokens == 11
     one.add("c", prompt=prompt, max_tokens=1)
     assert one.step().counts == {"b": 1, "c": 2}
     one.drain()
@@ -109,48 +108,63 @@ def test_without_prefix_caching_nothing_is_found(lab: type[Lab]) -> None:
         assert request.num_cached_tokens == 0
 
 
-@pytest.mark.parametrize(("deterministic", "cached"), [(True, 4), (False, 8)])
-def test_generated_tokens_are_found_as_prompt_only_if_results_may_vary(
-    lab: type[Lab], deterministic: bool, cached: int
-) -> None:
-    """The keys of a decoded token differ in the last bits from those of a prefilled one."""
-    one = lab(deterministic=deterministic)
+def test_the_next_turn_of_a_conversation_finds_the_answer(lab: type[Lab]) -> None:
+    one = lab()
     first = one.add("first", prompt=[1, 2, 3, 4], max_tokens=7)
     one.drain()
-    conversation = one.add("second", prompt=[*first.token_ids, 50, 51], max_tokens=1)
-    one.step()
-    assert conversation.num_cached_tokens == cached
+    turn = one.add("second", prompt=[*first.token_ids, 50, 51], max_tokens=1)
+    assert one.step().counts == {"second": 5}
+    assert turn.num_cached_tokens == 8
 
 
-# ---------------------------------------------------------------------- replay
+def test_a_prompt_finds_what_another_is_generating(lab: type[Lab]) -> None:
+    """Wherever its own prompt ends: in the middle of the other's answer, or behind it."""
+    trio = lab(max_num_seqs=9)
+    first = trio.add("first", prompt=[1, 2, 3, 4, 5], max_tokens=20)
+    trio.steps(13)  # 17 tokens computed: 4 full blocks, three of them with generated tokens
+    within = trio.add("within", prompt=first.token_ids[:14], max_tokens=3)
+    behind = trio.add("behind", prompt=[*first.token_ids, 9], max_tokens=3)
+    assert trio.step().counts == {"first": 1, "within": 2, "behind": 3}
+    assert (within.num_cached_tokens, behind.num_cached_tokens) == (12, 16)
+    assert within.block_table[:3] == first.block_table[:3]
+    assert behind.block_table[:4] == first.block_table[:4]
+    trio.drain()
 
 
-def test_generated_tokens_are_replayed_one_a_step(lab: type[Lab]) -> None:
-    one = lab(enable_prefix_caching=False)
-    request = one.add("a", num_prompt=6, max_tokens=6)
-    one.steps(4)
-    one.scheduler.preempt("a")
-    counts = []
-    while request.num_output_tokens == 4:
-        counts.append(one.step().counts["a"])
-    assert counts == [6, 1, 1, 1, 1]  # as they were computed the first time
-    assert request.num_recomputed_tokens == 9
-    one.drain()
+def test_an_answer_finds_a_prompt_of_the_same_tokens(lab: type[Lab]) -> None:
+    """Blocks that a prompt filled continue a request that has generated their tokens."""
+    pair = lab()
+    pair.add("prompt", prompt=[5, 6, 7, 1, 1, 1, 1, 1, 1], max_tokens=1)
+    pair.drain()
+    request = pair.add("a", prompt=[5, 6], max_tokens=12)
+    pair.step(token=7)
+    pair.steps(6)  # it has the prompt's tokens, in blocks of its own
+    pair.scheduler.preempt("a")
+    assert pair.step().counts == {"a": 1}
+    assert request.num_recomputed_tokens == 0
+    pair.drain()
 
 
-def test_if_results_may_vary_they_are_computed_at_once(lab: type[Lab]) -> None:
-    one = lab(enable_prefix_caching=False, deterministic=False)
-    request = one.add("a", num_prompt=6, max_tokens=6)
-    one.steps(4)
-    one.scheduler.preempt("a")
-    assert one.step().counts == {"a": 10}
+# ---------------------------------------------------------------------- recomputing
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(512, [10]), (4, [4, 4, 2])])
+def test_generated_tokens_are_recomputed_like_a_prompt(
+    lab: type[Lab], budget: int, expected: list[int]
+) -> None:
+    alone = lab(enable_prefix_caching=False, max_num_batched_tokens=budget)
+    request = alone.add("a", num_prompt=6, max_tokens=6)
+    while request.num_output_tokens < 4:
+        alone.step()
+    alone.scheduler.preempt("a")
+    assert [alone.step().counts["a"] for _ in expected] == expected
     assert request.num_output_tokens == 5
-    one.drain()
+    assert request.num_recomputed_tokens == 9
+    alone.drain()
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_a_preempted_request_finds_its_own_blocks(lab: type[Lab], deterministic: bool) -> None:
-    one = lab(deterministic=deterministic)
+def test_a_preempted_request_finds_its_own_blocks(lab: type[Lab]) -> None:
+    one = lab()
     request = one.add("a", num_prompt=6, max_tokens=9)
     one.steps(4)  # 9 tokens computed: two full blocks, the second holds generated ones
     one.scheduler.preempt("a")

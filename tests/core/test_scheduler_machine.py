@@ -87,7 +87,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority", "aging", "deadline"]),
         mode=st.sampled_from(list(PreemptionMode)),
         prefix_caching=st.booleans(),
-        deterministic=st.booleans(),
         max_step_ms=st.sampled_from([None, None, 8.0]),
         slos=st.sampled_from(
             [
@@ -112,7 +111,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy: str,
         mode: PreemptionMode,
         prefix_caching: bool,
-        deterministic: bool,
         max_step_ms: float | None,
         slos: tuple[SLO, ...],
         share: str,
@@ -129,7 +127,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=policy,
             preemption_mode=mode,
             enable_prefix_caching=prefix_caching,
-            deterministic=deterministic,
             max_step_ms=max_step_ms,
             slos=slos,
             sharing=SharingRules(share, prefill_share, victim, max_preemptions),
@@ -382,8 +379,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         for position in range(start):
             stored = self.memory[row.block_table[position // size]][position % size]
             assert stored == (request.cache_root, known[: position + 1]), "foreign contents"
-        if self.scheduler.config.deterministic:
-            self.assert_computed_as_first_time(row)
         tokens = known[:end] + row.drafts
         for position in range(start, len(tokens)):
             block = self.memory.setdefault(row.block_table[position // size], {})
@@ -418,13 +413,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             tokens.append(draw(row.index, end + len(tokens)))
         return tuple(tokens)
-
-    @staticmethod
-    def assert_computed_as_first_time(row: StepRow) -> None:
-        if row.start >= row.num_prompt_tokens:
-            assert len(row.token_ids) == 1
-        else:
-            assert row.start + len(row.token_ids) <= row.num_prompt_tokens
 
     def abort_request(self, request_id: str) -> None:
         request = self.scheduler.abort(request_id, self.now)

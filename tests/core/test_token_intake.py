@@ -189,7 +189,7 @@ def test_drafts_and_recomputed_tokens_are_service_too(lab: type[Lab]) -> None:
     assert policy.served == {"a": 6 + 3}
     lone.scheduler.preempt("a")
     lone.step()
-    assert policy.served == {"a": 6 + 3 + 6}
+    assert policy.served == {"a": 6 + 3 + 8}
 
 
 # ---------------------------------------------------------------------- ends

@@ -1,6 +1,6 @@
 """From a step's numbers to tokens: each row gets what it asks for, and its own faults only.
 
-The graph is replaced by a table: the logits after a token depend on nothing but the token and its
+The model is replaced by a table: the logits after a token depend on nothing but the token and its
 position.
 """
 
@@ -28,7 +28,7 @@ BLOCK = 4
 READOUT = Readout(VOCAB)
 GREEDY = SamplingParams(temperature=0)
 
-#: One of each kind of row: what the graph chose, what is drawn, adjusted, reported and rated.
+#: One of each kind of row: what the kernels chose, what is drawn, adjusted, reported and rated.
 KINDS = (
     GREEDY,
     SamplingParams(temperature=0.8, seed=3),
@@ -60,29 +60,24 @@ def step(
     rows: Sequence[StepRow],
     broken: Mapping[str, float] | None = None,
     broken_after: int = 0,
-    min_rows: int = 2,
 ) -> ModelRunnerOutput:
     """Compute the rows; all logits after the last token of the broken ones are so.
 
     ``broken``: request id → the value; ``broken_after``: how many of the row's drafts come before.
     """
-    batch = build_batch(rows, BLOCK, range(100, 120), min_rows, pairs_lone_tokens=True)
-    inputs = batch.inputs
-    table = np.array(
-        [
-            logits_after(*pair)
-            for pair in zip(inputs["input_ids"], inputs["position_ids"], strict=True)
-        ]
+    batch = build_batch(rows, BLOCK)
+    counts = np.diff(batch.begins)
+    positions = np.arange(len(batch.token_ids)) + np.repeat(
+        batch.past_lens - batch.begins[:-1], counts
     )
+    table = np.array([logits_after(*pair) for pair in zip(batch.token_ids, positions, strict=True)])
     for index, row in enumerate(rows):
         if broken and row.request_id in broken:
-            last = inputs["subsequence_begins"][index + 1] - 1 - len(row.drafts)
+            last = batch.begins[index + 1] - 1 - len(row.drafts)
             table[last + broken_after] = broken[row.request_id]
-    lines = table[inputs["sample_rows"]].reshape(-1, VOCAB)
+    lines = table[batch.sample_rows].reshape(-1, VOCAB)
     result = StepResult(
-        lines.argmax(1).astype(np.int32),
-        lines.max(1),
-        lines[inputs["logit_rows"]].reshape(-1, VOCAB),
+        lines.argmax(1).astype(np.int32), lines.max(1), lines[batch.logit_rows].reshape(-1, VOCAB)
     )
     return READOUT.read(rows, batch, result, 1.5)
 
@@ -108,11 +103,11 @@ def outcome(output: ModelRunnerOutput, index: int) -> tuple[object, ...]:
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=8), st.sampled_from([1, 2, 8]))
-def test_a_row_does_not_notice_the_others(chosen: list[int], min_rows: int) -> None:
+@given(st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=8))
+def test_a_row_does_not_notice_the_others(chosen: list[int]) -> None:
     rows = one_of_each_kind()
     alone = [step([row]) for row in rows]
-    together = step([rows[index] for index in chosen], min_rows=min_rows)
+    together = step([rows[index] for index in chosen])
     assert together.swap_ms == 1.5
     for at, index in enumerate(chosen):
         assert outcome(together, at) == outcome(alone[index], 0)

@@ -19,8 +19,8 @@ def test_reads_the_configuration(tmp_path: Path) -> None:
     assert config.architecture == "qwen3"
     assert config.name == "tiny qwen3"
     assert (config.num_layers, config.hidden_size, config.intermediate_size) == (2, 64, 96)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 16)
-    assert (config.q_size, config.kv_size) == (64, 32)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 32)
+    assert (config.q_size, config.kv_size) == (128, 64)
     assert (config.vocab_size, config.context_length) == (160, 300)
     assert (config.rope_theta, config.rope_scale) == (5e5, 1.0)
     assert config.rms_norm_eps == pytest.approx(1e-5)
@@ -30,7 +30,7 @@ def test_reads_the_configuration(tmp_path: Path) -> None:
 
 
 def test_llama_rows_are_brought_into_the_half_split_order(tmp_path: Path) -> None:
-    model = TinyModel("llama")
+    model = TinyModel("llama", head_dim=16)
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
     stored = model.tensors["blk.0.attn_q.weight"]
     read = weights.qkv(0)
@@ -42,7 +42,7 @@ def test_llama_rows_are_brought_into_the_half_split_order(tmp_path: Path) -> Non
 
 
 def test_qwen_rows_stay_as_they_are(tmp_path: Path) -> None:
-    model = TinyModel("qwen2")
+    model = TinyModel("qwen2", head_dim=16)
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
     np.testing.assert_array_equal(weights.qkv(1)[:64], model.tensors["blk.1.attn_q.weight"])
     np.testing.assert_array_equal(weights.qkv_bias(1)[64:96], model.tensors["blk.1.attn_k.bias"])
@@ -62,7 +62,7 @@ def test_dequantises_whole_tensors_as_gguf_does(tmp_path: Path, kind: str) -> No
 
 def test_rope_frequencies(tmp_path: Path) -> None:
     factors = np.linspace(1.0, 8.0, 8).astype(np.float32)
-    model = TinyModel("llama", rope_factors=factors, rope_theta=1e4)
+    model = TinyModel("llama", head_dim=16, rope_factors=factors, rope_theta=1e4)
     frequencies = GGUFWeights(model.write(tmp_path / "m.gguf")).rope_frequencies()
     np.testing.assert_allclose(frequencies, 1e4 ** (-np.arange(8) / 8) / factors, rtol=1e-6)
 
@@ -72,7 +72,7 @@ def test_rope_frequencies(tmp_path: Path) -> None:
     [
         ({"rope.scaling.type": "yarn"}, UnsupportedModel, "'yarn'"),
         ({"rope.scaling.type": "linear"}, DamagedModel, "rope.scaling.factor"),
-        ({"rope.dimension_count": 8}, UnsupportedModel, "8 of 16"),
+        ({"rope.dimension_count": 8}, UnsupportedModel, "8 of 32"),
         ({"expert_count": 4}, UnsupportedModel, "experts"),
     ],
     ids=["yarn", "linear without factor", "partial rope", "experts"],
@@ -103,7 +103,7 @@ def test_refuses_impossible_heads(tmp_path: Path) -> None:
 
 
 def test_names_a_missing_tensor(tmp_path: Path) -> None:
-    model = TinyModel("llama")
+    model = TinyModel("llama", head_dim=16)
     del model.tensors["blk.1.ffn_up.weight"]
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
     with pytest.raises(DamagedModel, match=r"'blk\.1\.ffn_up\.weight' is missing"):
@@ -111,7 +111,7 @@ def test_names_a_missing_tensor(tmp_path: Path) -> None:
 
 
 def test_names_a_wrong_shape(tmp_path: Path) -> None:
-    model = TinyModel("llama")
+    model = TinyModel("llama", head_dim=16)
     model.tensors["blk.0.ffn_down.weight"] = np.zeros((64, 64), np.float32)
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
     with pytest.raises(DamagedModel, match=r"\[64, 64\], must be \[64, 96\]"):
@@ -119,7 +119,7 @@ def test_names_a_wrong_shape(tmp_path: Path) -> None:
 
 
 def test_refuses_values_that_are_not_finite(tmp_path: Path) -> None:
-    model = TinyModel("llama")
+    model = TinyModel("llama", head_dim=16)
     model.tensors["blk.0.ffn_down.weight"][3, 5] = np.nan
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
     with pytest.raises(DamagedModel, match="not finite"):
@@ -127,7 +127,7 @@ def test_refuses_values_that_are_not_finite(tmp_path: Path) -> None:
 
 
 def test_refuses_a_truncated_file_before_any_weight_is_read(tmp_path: Path) -> None:
-    path = TinyModel("llama").write(tmp_path / "m.gguf")
+    path = TinyModel("llama", head_dim=16).write(tmp_path / "m.gguf")
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(DamagedModel, match="truncated"):
         GGUFWeights(path)

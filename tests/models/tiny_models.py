@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,37 @@ _ALPHABET = [chr(256 + _HIDDEN.index(n)) if n in _HIDDEN else chr(n) for n in ra
 
 #: Of ``add_byte_tokenizer``.
 BYTE_VOCAB_SIZE = 258
+
+#: The formats with blocks of 256 that gguf reads and cannot write: where in a block its float16
+#: scales are.
+_K_SCALES = {
+    gguf.GGMLQuantizationType.Q2_K: (80, 82),
+    gguf.GGMLQuantizationType.Q3_K: (108,),
+    gguf.GGMLQuantizationType.Q4_K: (0, 2),
+    gguf.GGMLQuantizationType.Q5_K: (0, 2),
+    gguf.GGMLQuantizationType.Q6_K: (208,),
+}
+
+
+def encode(values: FloatArray, kind: gguf.GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+    """``[rows, bytes of a row]``: a matrix in a file's format.
+
+    In a K-quant format, which gguf cannot write, it is another random matrix, as large.
+    """
+    if kind not in _K_SCALES:
+        return np.asarray(gguf.quantize(values, kind)).view(np.uint8)
+    rows, columns = values.shape
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    assert columns % per_block == 0, f"{kind.name} has blocks of {per_block}, not {columns}"
+    random = np.random.default_rng(rows)
+    blocks = random.integers(0, 256, (rows * columns // per_block, block_bytes), np.uint8)
+    scale = np.float16(1.0)
+    for _ in range(2):  # with scales of 1, to see how large the values are; then with the right one
+        for place in _K_SCALES[kind]:
+            blocks[:, place : place + 2] = np.frombuffer(scale.tobytes(), np.uint8)
+        decoded = gguf.dequantize(blocks, kind)
+        scale = np.float16(values.std() / decoded.std())
+    return blocks.reshape(rows, -1)
 
 
 def add_byte_tokenizer(writer: gguf.GGUFWriter) -> None:
@@ -41,7 +73,7 @@ class TinyModel:
     vocab_size: int = 160
     num_heads: int = 4
     num_kv_heads: int = 2
-    head_dim: int = 16
+    head_dim: int = 32
     context_length: int = 512
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
@@ -92,11 +124,15 @@ class TinyModel:
             self.tensors |= {f"blk.{layer}.{name}": values for name, values in parts.items()}
 
     def write(
-        self, path: Path, quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+        self,
+        path: Path,
+        quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+        kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
     ) -> Path:
         """Write the file; matrices in ``quantization`` (and take over its rounding).
 
-        With a vocabulary of ``BYTE_VOCAB_SIZE`` it has a tokenizer.
+        ``kinds`` has other formats for single matrices, by a part of their name. With a vocabulary
+        of ``BYTE_VOCAB_SIZE`` the file has a tokenizer.
         """
         writer = gguf.GGUFWriter(path, self.architecture)
         if self.vocab_size == BYTE_VOCAB_SIZE:
@@ -120,11 +156,13 @@ class TinyModel:
                 writer.add_float32(name, value)
             else:
                 writer.add_uint32(name, value)
+        kinds = kinds or {}
         for name, values in self.tensors.items():
-            if values.ndim == 2 and quantization is not gguf.GGMLQuantizationType.F32:
-                packed = gguf.quantize(values, quantization)
-                self.tensors[name] = gguf.dequantize(packed, quantization)
-                writer.add_tensor(name, packed, raw_dtype=quantization)
+            kind = next((kinds[part] for part in kinds if part in name), quantization)
+            if values.ndim == 2 and kind is not gguf.GGMLQuantizationType.F32:
+                packed = encode(values, kind)
+                self.tensors[name] = gguf.dequantize(packed, kind)
+                writer.add_tensor(name, packed, raw_dtype=kind)
             else:
                 writer.add_tensor(name, values)
         writer.write_header_to_file()

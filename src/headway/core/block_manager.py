@@ -30,18 +30,14 @@ _DIGEST_BYTES = 16
 TableId: TypeAlias = str | tuple[str, int]
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int], salt: int = 0) -> bytes:
+def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The chained hash of a full block: 16 bytes. O(block size).
 
     Args:
         parent: hash of the block before it, ``b""`` for the first.
         token_ids: the block's tokens.
-        salt: sets apart blocks of the same tokens whose contents were computed in another
-            way (see ``PriorityScheduler``); 0 = plain.
     """
     content = parent + array("q", token_ids).tobytes()
-    if salt:
-        content += salt.to_bytes(8, "little")
     return blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
 

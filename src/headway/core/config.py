@@ -59,11 +59,6 @@ class SchedulerConfig:
         policy: a name (``fcfs``, ``priority``, ``aging``, ``deadline``) or a policy object.
         preemption_mode: see ``PreemptionMode``; its value as a string will do.
         enable_prefix_caching: find the blocks of equal prefixes and share them.
-        deterministic: a request's tokens never depend on what happened to it. Attention over
-            a generated token's keys differs in the last bits if they were computed by a
-            prefill instead of a decode step, so generated tokens are recomputed one a step, and
-            blocks that hold them are shared only with requests whose were generated at the
-            same positions. False recomputes faster and shares more.
         max_step_ms: no step is predicted to take longer; None = no bound.
         slos: targets of classes of requests, which bound the steps they are in.
         sharing: what less urgent work gets beside more urgent work.
@@ -82,7 +77,6 @@ class SchedulerConfig:
     policy: str | SchedulingPolicy = "priority"
     preemption_mode: PreemptionMode | str = PreemptionMode.AUTO
     enable_prefix_caching: bool = True
-    deterministic: bool = True
     max_step_ms: float | None = None
     slos: tuple[SLO, ...] = ()
     sharing: SharingRules = field(default_factory=SharingRules)

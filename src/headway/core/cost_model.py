@@ -195,14 +195,9 @@ class CostModel:
             + c5 * features.logit_rows
         )
 
-    def recompute_ms(self, num_prefill_tokens: int, num_replayed_tokens: int) -> float:
-        """Expected cost of computing tokens again: some by prefill, some one a step.
-
-        A step that replays a victim's token may compute other requests' tokens, too. The cautious
-        guess is that it does not, since a victim returns when other requests have ended.
-        """
-        c0, c1, c2, *_ = self.coefficients
-        return c1 * num_prefill_tokens + (c0 + c2) * num_replayed_tokens
+    def recompute_ms(self, num_tokens: int) -> float:
+        """Expected cost of computing tokens again, in steps that there would be anyway."""
+        return self.coefficients.prefill_token * num_tokens
 
     def swap_ms(self, num_blocks: int) -> float:
         """Expected cost of copying blocks out and, later, in."""

@@ -13,6 +13,7 @@
     │   ├── UnsupportedModel      well-formed, but of an architecture or format we do not run
     │   ├── DamagedModel          not a whole GGUF file
     │   └── ModelDownloadFailed   could not be obtained
+    ├── KernelError               the machine's: the kernels cannot be compiled or loaded on it
     ├── Overloaded                nobody's: too much work; try again after ``retry_after`` seconds
     │   ├── QueueFull             there is no room, or a more urgent request has taken it
     │   └── QueueTimeout          it has waited for its first step longer than it may
@@ -21,7 +22,8 @@
     └── InternalError             ours
         └── InvalidTransition     a request was moved along an edge that does not exist
 
-Messages are one line and name the offending value and the limit it broke.
+Messages are one line and name the offending value and the limit it broke. Only where a compiler
+failed, up to three lines of what it said follow.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ __all__ = [
     "InternalError",
     "InvalidRequest",
     "InvalidTransition",
+    "KernelError",
     "ModelDownloadFailed",
     "ModelError",
     "Overloaded",
@@ -94,6 +97,10 @@ class DamagedModel(ModelError):
 
 class ModelDownloadFailed(ModelError):
     """The model could not be fetched; the message says how to do it by hand."""
+
+
+class KernelError(HeadwayError):
+    """The kernels cannot be compiled or loaded on this machine; the message says what to do."""
 
 
 class Overloaded(HeadwayError):

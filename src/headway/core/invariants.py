@@ -118,6 +118,11 @@ def _sequences(scheduler: PriorityScheduler) -> list[Sequence]:
     return [each for request in scheduler.requests.values() for each in request.sequences]
 
 
+def _num_left(sequence: Sequence) -> int:
+    """Tokens of a sequence that are not computed."""
+    return sequence.num_tokens - sequence.num_computed_tokens
+
+
 def _check_blocks(scheduler: PriorityScheduler) -> None:
     """free + held + cached = num_blocks, and reference counts match the tables."""
     manager = scheduler.block_manager
@@ -161,16 +166,18 @@ def check_output(scheduler: PriorityScheduler, output: SchedulerOutput) -> None:
     ids = list(dict.fromkeys(row.request_id for row in output))
     running = [request.request_id for request in scheduler.running_queue]
     _require(ids == running, f"the step has {ids}, running are {running}")
-    by_place = {(row.request_id, row.index): row for row in output}
-    _require(len(by_place) == len(output), "a sequence has two rows")
+    places = {(row.request_id, row.index) for row in output}
+    _require(len(places) == len(output), "a sequence has two rows")
     for request_id in ids:
         request = scheduler.requests[request_id]
         indices = [row.index for row in output if row.request_id == request_id]
-        computes_prompt = len(indices) == 1 and request.leader.num_computed_tokens + len(
-            by_place[request_id, indices[0]].token_ids
-        ) <= max(request.num_prompt_tokens, request.leader.num_computed_tokens + 1)
+        present = [each for each in request.live if each.index in indices]
+        # The others wait for the prompt, or for those in the step to catch up with them.
+        is_behind = all(_num_left(each) > 1 for each in present)
+        absent = [each for each in request.live if each.index not in indices]
         _require(
-            indices == [each.index for each in request.live] or computes_prompt,
+            indices == [each.index for each in present]
+            and all(each.lacks_blocks or (is_behind and _num_left(each) == 1) for each in absent),
             f"{request} is in the step in part: {indices}",
         )
     written: set[int] = set()

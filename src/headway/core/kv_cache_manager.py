@@ -261,11 +261,7 @@ class KVCacheManager:
     def _swap_is_cheaper(self, victim: Sequence, num_kept: int, blocks: tuple[int, ...]) -> bool:
         start = num_kept * self.config.block_size
         end = max(victim.num_computed_tokens, victim.num_swapped_tokens)
-        replay_start = victim.num_prompt_tokens if self.config.deterministic else end
-        num_replayed = max(0, end - max(start, replay_start))
-        return self.cost_model.swap_ms(len(blocks)) < self.cost_model.recompute_ms(
-            end - start - num_replayed, num_replayed
-        )
+        return self.cost_model.swap_ms(len(blocks)) < self.cost_model.recompute_ms(end - start)
 
     def recompute_cost(self, request: Request) -> float:
         """Tokens to recompute for each block gained, if a resident lost all its blocks."""
@@ -316,11 +312,8 @@ class KVCacheManager:
         hashes, size = sequence.block_hashes, self.config.block_size
         for index in range(len(hashes), num_blocks):
             end = (index + 1) * size
-            # Contents of generated tokens depend on where generation began (deterministic).
-            is_generated = self.config.deterministic and end > sequence.num_prompt_tokens
-            salt = sequence.num_prompt_tokens if is_generated else 0
             parent = hashes[-1] if hashes else sequence.request.cache_root
-            hashes.append(hash_block(parent, sequence.token_ids[end - size : end], salt))
+            hashes.append(hash_block(parent, sequence.token_ids[end - size : end]))
 
 
 def _num_known(sequence: Sequence) -> int:

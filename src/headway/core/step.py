@@ -190,18 +190,18 @@ class Step:
         Args:
             request: next in rank.
             wanted: tokens that it could compute, at least 1.
-            num_rows: sequences that compute them, in equal parts; all of them or none.
+            num_rows: sequences that compute them, in equal parts; all of the sequences or none.
             num_logit_rows: rows of logits that are read for them.
             num_drafts: of the tokens, drafts, which are no part of a prompt.
             outranks: whether a request is present that it outranks.
         """
         count = min(wanted, self.tokens)
-        if num_rows > 1 and (count < wanted or num_rows > self.slots):
+        if num_rows > 1 and num_rows > self.slots:
             return 0
         if wanted - num_drafts > num_rows and self._prefill_tokens is not None:
             count = self._fit_prefill(count, outranks)
-            count -= count % num_rows
-        if self.time is not None:
+        count -= count % num_rows
+        if count and self.time is not None:
             count = self._fit_time(request, count, num_rows, num_logit_rows, self.time)
         return count
 
@@ -229,10 +229,11 @@ class Step:
             # Not ``tighten``, which leaves some time to all: a rider has no claim to any.
             time.limit_ms = min(time.limit_ms, self._share_ms)
         share = min(count, self._shares.get(request.request_id, count))
-        if share < count and num_rows > 1:
-            # All or none; and all for the first of all, or the step might do nothing. What the
-            # request would compute was asked before it got blocks: then of its leader, perhaps.
-            share = 0 if self.first else count
+        share -= share % num_rows
+        if num_rows > 1 and not share and self.first is None:
+            # The first of all gets a token in any case, and what it would compute was asked before
+            # it got blocks: then of its leader, perhaps.
+            share = num_rows
         if share:
             share = affordable(
                 time,

@@ -45,7 +45,7 @@ class Want(NamedTuple):
     Attributes:
         request: that computes it.
         num_tokens: in all, at least 1.
-        num_rows: sequences that compute them, in equal parts; all or none of them.
+        num_rows: sequences that compute them, in equal parts; all of the sequences or none.
         num_logit_rows: rows of logits that are read for them.
         num_drafts: of the tokens, drafts.
     """
@@ -58,14 +58,20 @@ class Want(NamedTuple):
 
 
 def affordable(time: TimeBudget, want: Want, is_first: bool, limit_ms: float | None = None) -> int:
-    """How many of a request's tokens still fit; see ``TimeBudget.affordable``."""
+    """How many of a request's tokens still fit; see ``TimeBudget.affordable``.
+
+    The sequences of a group have equal parts of the time; and of ``min_chunk``, but a token each.
+    """
     request, count, rows, logit_rows, _ = want
     context = request.num_computed_tokens
     if rows == 1:
         return time.affordable(count, context, is_first, limit_ms, logit_rows)
     left = (time.limit_ms if limit_ms is None else limit_ms) - time.spent_ms
-    price = rows * time.price(count // rows, context) + time.price(0, 0, logit_rows)
-    return count if is_first or price <= left else 0
+    most, limit_each = count // rows, time.spent_ms + left / rows
+    each = time.affordable(most, context, False, limit_each, -(-logit_rows // rows))
+    if is_first:
+        each = max(each, min(most, max(1, time.min_chunk // rows)))
+    return rows * each
 
 
 def spend(time: TimeBudget, want: Want) -> None:

@@ -16,15 +16,16 @@ def ready_sequences(request: Request, block_size: int) -> Seq[Sequence]:
     """The sequences of a resident that can compute something, once it has blocks for its tokens.
 
     While the leader of a group computes the prompt (again), its siblings have no blocks, and wait.
-    A sibling that only lacks a block for its next token has the prompt, and does not.
+    A sibling that only lacks a block for its next token has the prompt, and does not. Where some
+    sequences have lost more tokens than their siblings, they catch up while the siblings wait.
     """
     live = request.live
     if len(live) == 1:
         return live
     shared = request.num_prompt_tokens // block_size * block_size
-    if all(not each.lacks_blocks or each.num_computed_tokens >= shared for each in live):
-        return live
-    return live[:1]
+    if any(each.lacks_blocks and each.num_computed_tokens < shared for each in live):
+        return live[:1]
+    return [each for each in live if each.num_tokens - each.num_computed_tokens > 1] or live
 
 
 def want_of(request: Request, config: SchedulerConfig) -> Want:
@@ -35,14 +36,10 @@ def want_of(request: Request, config: SchedulerConfig) -> Want:
     sequences = ready_sequences(request, config.block_size)
     if len(sequences) == 1:
         sequence = sequences[0]
-        count = _wanted(sequence, config.deterministic)
-        if len(request.live) > 1:  # siblings wait for the prompt, and go no further without it
-            left = sequence.num_prompt_tokens - sequence.num_computed_tokens
-            count = min(count, max(1, left))
-        count = min(count, config.max_num_batched_tokens)
+        count = min(_wanted(sequence), config.max_num_batched_tokens)
         num_drafts = len(sequence.draft_token_ids)
         return Want(request, count, 1, _num_logit_rows(sequence, count), num_drafts)
-    count = min(_wanted(sequence, config.deterministic) for sequence in sequences)
+    count = min(_wanted(sequence) for sequence in sequences)
     count = min(count, config.max_num_batched_tokens // len(sequences))
     return Want(
         request,
@@ -53,17 +50,10 @@ def want_of(request: Request, config: SchedulerConfig) -> Want:
     )
 
 
-def _wanted(sequence: Sequence, is_deterministic: bool) -> int:
+def _wanted(sequence: Sequence) -> int:
     """Tokens that a sequence could compute: uncomputed ones, and drafts after the last one."""
-    computed = sequence.num_computed_tokens
-    count = len(sequence.token_ids) - computed
-    if count == 1:
-        return 1 + len(sequence.draft_token_ids)
-    if is_deterministic:
-        # A generated token is computed again as it was computed first: one a step.
-        left = sequence.num_prompt_tokens - computed
-        return min(count, left) if left > 0 else 1
-    return count
+    count = len(sequence.token_ids) - sequence.num_computed_tokens
+    return count + len(sequence.draft_token_ids) if count == 1 else count
 
 
 def _num_logit_rows(sequence: Sequence, count: int) -> int:

@@ -16,6 +16,7 @@ from headway.core.policy import SchedulingPolicy
 from headway.core.scheduler import PriorityScheduler
 from headway.core.sharing_rules import SharingRules
 from headway.core.slo import SLO
+from headway.executor.precision import PRECISIONS, Precision
 from headway.models.registry import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class ExecutorSettings:
         kv_cache_bytes: size of the KV pool; None = the executor's choice.
         swap_space_bytes: limit of the swap space, 0 for none; None = the executor's choice.
         num_threads: for the computation; None = the executor's choice.
+        max_num_batched_tokens: tokens in a step, at most.
+        precision: of the activations where they are multiplied.
     """
 
     model_path: Path
@@ -49,6 +52,8 @@ class ExecutorSettings:
     kv_cache_bytes: int | None
     swap_space_bytes: int | None
     num_threads: int | None
+    max_num_batched_tokens: int
+    precision: Precision
 
 
 #: Builds an executor, and tells of its progress; raises ``ModelError`` or ``ConfigError``.
@@ -71,7 +76,6 @@ class EngineConfig:
             ``max_num_seqs`` full contexts can use it.
         swap_space_bytes: limit of the swap space; None = the executor's choice, 0 = none.
         enable_prefix_caching: share the blocks of equal prefixes.
-        deterministic: see ``headway.core.config.SchedulerConfig``.
         max_step_ms: no step is predicted to take longer; None = no bound.
         slos: what classes of requests have been promised.
         sharing: what less urgent work gets beside more urgent work.
@@ -80,7 +84,9 @@ class EngineConfig:
         max_queued_tokens: the same for the tokens of their prompts; None = no limit.
         queue_timeout: seconds that a request may wait for its first step; None = no limit.
         num_threads: for the computation; None = one per core.
-        executor: builds what runs the steps; None = the OpenVINO executor.
+        precision: of the activations where they are multiplied: ``int8``, the fastest, or
+            ``bf16``, which is nearer to float32.
+        executor: builds what runs the steps; None = the native executor.
     """
 
     model: str | os.PathLike[str] = DEFAULT_MODEL
@@ -92,7 +98,6 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     swap_space_bytes: int | None = None
     enable_prefix_caching: bool = True
-    deterministic: bool = True
     max_step_ms: float | None = None
     slos: tuple[SLO, ...] = ()
     sharing: SharingRules = field(default_factory=SharingRules)
@@ -100,6 +105,7 @@ class EngineConfig:
     max_queued_tokens: int | None = None
     queue_timeout: float | None = None
     num_threads: int | None = None
+    precision: Precision = "int8"
     executor: ExecutorFactory | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +114,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, must be at least 1")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision is {self.precision!r}, must be {' or '.join(PRECISIONS)}")
         if self.queue_timeout is not None and not 0 < self.queue_timeout < math.inf:
             raise ConfigError(f"queue_timeout is {self.queue_timeout} s, must be above 0")
 
@@ -128,7 +136,7 @@ class EngineConfig:
 
         path = resolve(self.model, download)
         tokenizer = Tokenizer(path)
-        make_executor = self.executor or _make_openvino_executor
+        make_executor = self.executor or _make_native_executor
         executor = make_executor(
             ExecutorSettings(
                 model_path=path,
@@ -138,6 +146,8 @@ class EngineConfig:
                 kv_cache_bytes=self.kv_cache_bytes,
                 swap_space_bytes=self.swap_space_bytes,
                 num_threads=self.num_threads,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                precision=self.precision,
             ),
             progress,
         )
@@ -175,7 +185,6 @@ class EngineConfig:
             policy=self.scheduling_policy,
             preemption_mode=self.preemption_mode,
             enable_prefix_caching=self.enable_prefix_caching,
-            deterministic=self.deterministic,
             max_step_ms=self.max_step_ms,
             slos=self.slos,
             sharing=self.sharing,
@@ -183,17 +192,19 @@ class EngineConfig:
         )
 
 
-def _make_openvino_executor(settings: ExecutorSettings, progress: Progress | None) -> Executor:
-    # OpenVINO takes a second to import; settings are refused and help is printed without it.
-    from headway.executor.openvino import OpenVINOExecutor  # noqa: PLC0415
+def _make_native_executor(settings: ExecutorSettings, progress: Progress | None) -> Executor:
+    # Numpy takes a moment to import; settings are refused and help is printed without it.
+    from headway.executor.native import NativeExecutor  # noqa: PLC0415
 
-    executor = OpenVINOExecutor(
+    executor = NativeExecutor(
         settings.model_path,
         kv_cache_bytes=settings.kv_cache_bytes,
         swap_space_bytes=settings.swap_space_bytes,
         max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         num_threads=settings.num_threads,
+        precision=settings.precision,
         progress=progress,
     )
     if executor.vocab_size != settings.vocab_size:

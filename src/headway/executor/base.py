@@ -1,7 +1,7 @@
 """The seam between deciding and computing.
 
 The engine hands a ``SchedulerOutput`` down and gets a ``ModelRunnerOutput`` back; it knows
-nothing else of how tokens are made. ``OpenVINOExecutor`` runs the model, ``SimulatedExecutor``
+nothing else of how tokens are made. ``NativeExecutor`` runs the model, ``SimulatedExecutor``
 only takes the time.
 """
 

@@ -2,9 +2,8 @@
 
 Both are private anonymous memory maps, so that a page costs memory only once a block in it is
 written: a large limit is free until it is used. Pages are huge ones where the kernel has them (it
-has none for shared maps). A block is one row in each of the model's cache tensors (two a
-layer), and a block operation is one indexed copy along the first axis of each of them; what a row
-means (the precision, the order of heads and tokens) is the attention kernel's business.
+has none for shared maps). A block is one row of bytes, and a block operation is one indexed copy;
+what the bytes mean (the precision, the order of layers, heads and tokens) is the kernels' business.
 """
 
 from __future__ import annotations
@@ -23,14 +22,12 @@ __all__ = ["BlockStore"]
 
 Bytes = npt.NDArray[np.uint8]
 
-_PAGE = mmap.PAGESIZE
-
 
 class BlockStore:
     """Pool and swap space for ``num_blocks`` and ``num_swap_blocks`` blocks.
 
     Args:
-        row_bytes: for each cache tensor, the bytes that a block takes in it.
+        block_bytes: that a block takes.
         num_blocks: blocks in the pool.
         num_swap_blocks: blocks in the swap space; 0 for none.
 
@@ -38,71 +35,41 @@ class BlockStore:
         ConfigError: the system does not grant so much address space.
     """
 
-    def __init__(self, row_bytes: Sequence[int], num_blocks: int, num_swap_blocks: int) -> None:
-        #: Per cache tensor, its blocks as rows: ``[num_blocks, row_bytes]``. Never replaced, as
-        #: the tensors that the executor hands to the model are views of them.
-        self.pool = _rows(row_bytes, num_blocks)
-        self._swap = _rows(row_bytes, num_swap_blocks)
+    def __init__(self, block_bytes: int, num_blocks: int, num_swap_blocks: int) -> None:
+        #: ``[num_blocks, block_bytes]``. Never replaced: the kernels have its address.
+        self.pool = _rows(block_bytes, num_blocks)
+        self._swap = _rows(block_bytes, num_swap_blocks)
 
     def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy (pool block, swap slot) pairs out. O(bytes)."""
-        if moves:
-            blocks, slots = _columns(moves)
-            for pool, swap in zip(self.pool, self._swap, strict=True):
-                swap[slots] = pool[blocks]
+        for block, slot in moves:
+            self._swap[slot] = self.pool[block]
 
     def swap_in(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy (swap slot, pool block) pairs in. O(bytes)."""
-        if moves:
-            slots, blocks = _columns(moves)
-            for pool, swap in zip(self.pool, self._swap, strict=True):
-                pool[blocks] = swap[slots]
+        for slot, block in moves:
+            self.pool[block] = self._swap[slot]
 
     def copy(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy (source, destination) pairs within the pool, as if one after the other."""
-        if not moves:
-            return
-        sources, destinations = _columns(moves)
-        if np.isin(sources, destinations).any() or len(set(destinations.tolist())) < len(moves):
-            # One pair's source is another pair's destination: the order counts.
-            for source, destination in moves:
-                for pool in self.pool:
-                    pool[destination] = pool[source]
-            return
-        for pool in self.pool:
-            pool[destinations] = pool[sources]
+        """Copy (source, destination) pairs within the pool, one after the other. O(bytes)."""
+        for source, destination in moves:
+            self.pool[destination] = self.pool[source]
 
     def close(self) -> None:
         """Let go of the memory; it is freed when the last view of it is."""
-        self.pool = []
-        self._swap = []
+        self.pool = self._swap = _rows(0, 0)
 
 
-def _columns(
-    moves: Sequence[tuple[int, int]],
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    pairs = np.array(moves, dtype=np.intp)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _rows(row_bytes: Sequence[int], count: int) -> list[Bytes]:
-    """One map for all tensors, each tensor beginning on a page of its own."""
-    sizes = [-(-width * count // _PAGE) * _PAGE for width in row_bytes]
-    total = sum(sizes)
-    if not total:
-        return [np.empty((count, width), dtype=np.uint8) for width in row_bytes]
+def _rows(block_bytes: int, count: int) -> Bytes:
+    if not block_bytes * count:
+        return np.empty((count, block_bytes), dtype=np.uint8)
     try:
-        memory = _anonymous_memory(total)
+        memory = _anonymous_memory(block_bytes * count)
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"{total:,} bytes for {count:,} KV blocks are not to be had: {error}"
+            f"{block_bytes * count:,} bytes for {count:,} KV blocks are not to be had: {error}"
         ) from error
-    data = np.frombuffer(memory, dtype=np.uint8)
-    rows, start = [], 0
-    for width, size in zip(row_bytes, sizes, strict=True):
-        rows.append(data[start : start + width * count].reshape(count, width))
-        start += size
-    return rows
+    return np.frombuffer(memory, dtype=np.uint8).reshape(count, block_bytes)
 
 
 def _anonymous_memory(size: int) -> mmap.mmap:

@@ -1,24 +1,17 @@
-"""From a file's weights to the arrays the graph is built from, and the cache that keeps them.
+"""From a file's weights to the packed matrices that the kernels read, and the cache of them.
 
-Two formats, chosen by what the processor multiplies fastest *and* the same way at every batch size
-(``docs/architecture.md`` has the measurements):
+What a file holds in 4-bit groups of 32 (Q4_0, Q4_1) and 8-bit ones (Q8_0) keeps its own numbers;
+anything else becomes 8-bit groups (``headway/models/packing.py`` has both formats). Matrices with
+the same input are one: queries, keys and values, and gate and up. A row of blocks is a row of
+weights in every format of a file, so rows are brought into their order before they are decoded.
 
-``u8``
-    groups of 32 weights along the input, each ``scale · (q − 128)`` with a float16 scale. With
-    bf16 arithmetic it is the fastest one, and a quarter of the size.
-``f32``
-    the dequantised weights themselves. Without bf16 the 8-bit kernels are slower than plain
-    float32 in a prefill, and choose their blocking by the number of rows.
+The packed model lives in one directory per key::
 
-The converted arrays live in one directory per key::
+    <key>/weights.bin     the bytes of the arrays and matrices, at multiples of 64 and of 4,096
+    <key>/index.json      their names, types, shapes and offsets; and a checksum
 
-    converted/<key>/weights.bin     the arrays' bytes, each at a multiple of 64
-    converted/<key>/index.json      their names, types, shapes and offsets; and a checksum
-
-Neither OpenVINO's own model file nor its compiled blob can hold a paged-attention operator built
-this way (reading them back fails), so what is cached is ours: mapped into memory at a start, not
-read. A directory appears under its name only when it is whole (a temporary neighbour is renamed);
-one that does not add up is built again.
+It is mapped into memory at a start, not read. A directory appears under its name only when it is
+whole (a temporary neighbour is renamed); one that does not add up is built again.
 """
 
 from __future__ import annotations
@@ -31,141 +24,90 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from headway.core.errors import ModelError
-from headway.models.gguf import GGUFWeights
+from headway.core.errors import DamagedModel, ModelError, UnsupportedModel
+from headway.models.gguf import GGUFWeights, ModelConfig, RawMatrix
+from headway.models.packing import (
+    GROUP_SIZE,
+    INT4,
+    INT8,
+    PANEL_SIZE,
+    PackedMatrix,
+    pack_int4,
+    pack_int8,
+    packed_bytes,
+    quantize_int8,
+    read_q4_0,
+    read_q4_1,
+    read_q8_0,
+)
 
-__all__ = [
-    "GROUP_SIZE",
-    "ConvertedWeights",
-    "Progress",
-    "WeightFormat",
-    "convert",
-    "load_converted",
-]
+__all__ = ["PackedMatrix", "PackedModel", "Progress", "load_packed"]
 
 AnyArray = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float32]
-
-WeightFormat = Literal["u8", "f32"]
+ByteArray = npt.NDArray[np.uint8]
 
 #: Called with the stage and the fraction of it that is done, 0 … 1.
 Progress = Callable[[str, float], None]
 
-#: Input weights that share a scale in the ``u8`` format.
-GROUP_SIZE: Final = 32
+#: Part of the key: to be raised whenever the same file would be packed differently.
+_LAYOUT_VERSION: Final = 1
 
-#: Part of the key: to be raised whenever the arrays of the same file would come out differently.
-_LAYOUT_VERSION: Final = 2
-_ALIGNMENT: Final = 64
-_ZERO_POINT: Final = 128
+_ARRAY_ALIGNMENT: Final = 64
+#: A page, so that a matrix can be advised about and touched by itself.
+_MATRIX_ALIGNMENT: Final = 4096
+
+#: Weights that are decoded at a time: enough for numpy, and few enough to stay in a cache.
+_SLAB_WEIGHTS: Final = 1 << 20
+
+#: Readers of the formats that keep their numbers, by the file's number for them.
+_Reader = Callable[[ByteArray], tuple[AnyArray, ...]]
+_INT4_READERS: Final[Mapping[int, _Reader]] = {2: read_q4_0, 3: read_q4_1}
+_INT8_READERS: Final[Mapping[int, _Reader]] = {8: read_q8_0}
+
+#: Rows of gate that lie together, before as many of up.
+_GATE_ROWS: Final = 16
 
 
-class ConvertedWeights(Mapping[str, AnyArray]):
-    """The arrays by name, and the directory to keep derived facts in.
+@dataclass(frozen=True)
+class PackedModel:
+    """A model's weights as the kernels want them; read-only, and mapped while any of them is held.
 
-    Names: ``embedding``, ``output_norm``, ``rope_frequencies``, ``lm_head`` (absent if tied), and
-    per layer ``<i>.attn_norm``, ``<i>.qkv``, ``<i>.qkv_bias``, ``<i>.q_norm``, ``<i>.k_norm``,
-    ``<i>.attn_output``, ``<i>.ffn_norm``, ``<i>.gate_up``, ``<i>.down`` (biases and q/k norms only
-    where the model has them). A matrix in the ``u8`` format is ``[out, groups, group]`` uint8 with
-    its scales ``[out, groups, 1]`` under ``<name>.scale``; all else is float32 (``embedding`` is
-    float16 in the ``u8`` format, and the LM head then has its own matrix even where it is tied).
+    Attributes:
+        config: of the model.
+        arrays: by name: ``output_norm`` ``[hidden_size]``, ``rope_frequencies``
+            ``[head_dim / 2]``, and per layer ``<i>.attn_norm``, ``<i>.ffn_norm``
+            ``[hidden_size]``, ``<i>.qkv_bias`` ``[q_size + 2·kv_size]``, ``<i>.q_norm``,
+            ``<i>.k_norm`` ``[head_dim]`` (biases and q/k norms where the model has them). float32,
+            but for the frequencies, which are float64.
+        matrices: by name: ``embedding`` and ``lm_head`` ``[vocab_size, hidden_size]`` (``lm_head``
+            is absent if it is the embedding), and per layer ``<i>.qkv``
+            ``[q_size + 2·kv_size, hidden_size]`` in the half-split RoPE form, ``<i>.attn_output``
+            ``[hidden_size, q_size]``, ``<i>.gate_up`` ``[2·intermediate_size, hidden_size]``, 16
+            rows of gate, then the same 16 of up, and so on, and ``<i>.down``
+            ``[hidden_size, intermediate_size]``.
+        directory: to keep derived facts in. It may be gone: see ``load_packed``.
     """
 
-    def __init__(
-        self, arrays: Mapping[str, AnyArray], weight_format: WeightFormat, directory: Path
-    ) -> None:
-        self._arrays = arrays
-        self.weight_format = weight_format
-        self.directory = directory
-
-    def __getitem__(self, name: str) -> AnyArray:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
+    config: ModelConfig
+    arrays: Mapping[str, AnyArray]
+    matrices: Mapping[str, PackedMatrix]
+    directory: Path
 
 
-def convert(weights: GGUFWeights, weight_format: WeightFormat) -> Iterator[tuple[str, AnyArray]]:
-    """The converted arrays one after the other, so that only one of them is in memory."""
-    assert weight_format in get_args(WeightFormat)
-    config = weights.config
-
-    def matrix(name: str, values: FloatArray) -> Iterator[tuple[str, AnyArray]]:
-        if weight_format == "f32":
-            yield name, values
-        else:
-            quantized, scales = quantize_u8(values)
-            yield name, quantized
-            yield f"{name}.scale", scales
-
-    embedding = weights.embedding()
-    if weight_format == "f32":
-        yield "embedding", embedding
-        if not config.tied_embeddings:
-            yield "lm_head", weights.lm_head()
-    else:
-        yield "embedding", embedding.astype(np.float16)
-        yield from matrix("lm_head", embedding if config.tied_embeddings else weights.lm_head())
-    del embedding
-    yield "output_norm", weights.output_norm()
-    yield "rope_frequencies", weights.rope_frequencies()
-    for layer in range(config.num_layers):
-        yield f"{layer}.attn_norm", weights.norm(layer, "attn_norm")
-        yield from matrix(f"{layer}.qkv", weights.qkv(layer))
-        if config.has_qkv_bias:
-            yield f"{layer}.qkv_bias", weights.qkv_bias(layer)
-        if config.has_qk_norm:
-            yield f"{layer}.q_norm", weights.qk_norm(layer, "attn_q_norm")
-            yield f"{layer}.k_norm", weights.qk_norm(layer, "attn_k_norm")
-        yield from matrix(f"{layer}.attn_output", weights.attention_output(layer))
-        yield f"{layer}.ffn_norm", weights.norm(layer, "ffn_norm")
-        yield from matrix(f"{layer}.gate_up", weights.gate_up(layer))
-        yield from matrix(f"{layer}.down", weights.down(layer))
-
-
-def quantize_u8(values: FloatArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
-    """Round ``[out, in]`` to 8 bits, symmetric about 128, in groups along the input.
-
-    Groups are of ``GROUP_SIZE``, or of the largest power of two below it that divides the input.
-    """
-    rows, columns = values.shape
-    group = math.gcd(columns, GROUP_SIZE)
-    groups = values.reshape(rows, columns // group, group)
-    scales = np.abs(groups).max(axis=-1, keepdims=True)
-    scales /= 127.0
-    # Smaller than any scale that matters, and representable: a group of zeros stays zero.
-    scales = np.maximum(scales, np.float32(2.0**-24)).astype(np.float16)
-    quantized = groups / scales.astype(np.float32)
-    np.rint(quantized, out=quantized)
-    quantized += _ZERO_POINT
-    np.clip(quantized, 1, 255, out=quantized)
-    return quantized.astype(np.uint8), scales
-
-
-def load_converted(
-    path: Path,
-    weight_format: WeightFormat,
-    home: Path,
-    version: str = "",
-    progress: Progress | None = None,
-) -> tuple[GGUFWeights, ConvertedWeights]:
-    """The converted weights of a GGUF file: from the cache, or converted and put there.
+def load_packed(path: Path, home: Path, progress: Progress | None = None) -> PackedModel:
+    """The packed weights of a GGUF file: from the cache, or converted and put there.
 
     Args:
         path: of the file.
-        weight_format: to convert to.
-        home: directory of the cache; made if it is missing. If it cannot be, the arrays are kept
-            in a temporary directory for the life of the process.
-        version: of what the arrays are for. An entry of another version is replaced.
+        home: directory of the cache; made if it is missing. If it cannot be, the weights are kept
+            in a temporary directory for the life of the process, which has no name any more.
         progress: told of the stages ``checksum`` and ``convert``; not called on a cache hit.
 
     Raises:
@@ -173,35 +115,172 @@ def load_converted(
         ModelError: there is no room for the result.
     """
     weights = GGUFWeights(path)
+    _check_sizes(weights)
     report = progress or _ignore
-    source = f"{_checksum(path, home, report)} {weight_format}"
-    key = hashlib.sha256(f"{source} {_LAYOUT_VERSION} {version}".encode()).hexdigest()[:32]
-    target = home / key
-    cached = _load(target, weight_format)
-    if cached is not None:
-        return weights, cached
+    source = f"{_checksum(path, home, report)} packed"
+    key = hashlib.sha256(f"{source} {_LAYOUT_VERSION}".encode()).hexdigest()[:32]
+    entry = _load(home / key) or _build(weights, home, key, source, report)
+    return PackedModel(weights.config, entry.arrays, entry.matrices, entry.directory)
+
+
+class _Entry(NamedTuple):
+    arrays: Mapping[str, AnyArray]
+    matrices: Mapping[str, PackedMatrix]
+    directory: Path
+
+
+def _check_sizes(weights: GGUFWeights) -> None:
+    """The widths that groups and panels must divide."""
+    config = weights.config
+    for name, size in (
+        ("head size", config.head_dim),
+        ("hidden size", config.hidden_size),
+        ("intermediate size", config.intermediate_size),
+    ):
+        if size % GROUP_SIZE:
+            raise UnsupportedModel(
+                f"{weights.path}: the {name} is {size}, must be a multiple of {GROUP_SIZE}"
+            )
+
+
+# The conversion.
+
+
+class _Matrix(NamedTuple):
+    """A matrix to be packed: rows of one or more tensors, in an order."""
+
+    name: str
+    parts: tuple[RawMatrix, ...]
+    #: For each row its place among the rows of all parts.
+    order: npt.NDArray[np.intp]
+
+    @property
+    def inputs(self) -> int:
+        return self.parts[0].inputs
+
+    @property
+    def format(self) -> int:
+        return INT4 if all(part.ggml_type in _INT4_READERS for part in self.parts) else INT8
+
+
+def _arrays(weights: GGUFWeights) -> Iterator[tuple[str, AnyArray]]:
+    config = weights.config
+    yield "output_norm", weights.output_norm()
+    yield "rope_frequencies", weights.rope_frequencies()
+    for layer in range(config.num_layers):
+        yield f"{layer}.attn_norm", weights.norm(layer, "attn_norm")
+        yield f"{layer}.ffn_norm", weights.norm(layer, "ffn_norm")
+        if config.has_qkv_bias:
+            yield f"{layer}.qkv_bias", weights.qkv_bias(layer)
+        if config.has_qk_norm:
+            yield f"{layer}.q_norm", weights.qk_norm(layer, "attn_q_norm")
+            yield f"{layer}.k_norm", weights.qk_norm(layer, "attn_k_norm")
+
+
+def _matrices(weights: GGUFWeights) -> Iterator[_Matrix]:
+    config = weights.config
+    hidden, intermediate, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+
+    def matrix(name: str, tensor: str, outputs: int, inputs: int) -> _Matrix:
+        part = weights.raw_matrix(f"{tensor}.weight", outputs, inputs)
+        return _Matrix(name, (part,), np.arange(outputs))
+
+    yield matrix("embedding", "token_embd", vocab, hidden)
+    if not config.tied_embeddings:
+        yield matrix("lm_head", "output", vocab, hidden)
+    q_order = weights.half_split_order(config.q_size)
+    k_order = config.q_size + weights.half_split_order(config.kv_size)
+    v_order = config.q_size + config.kv_size + np.arange(config.kv_size)
+    qkv_order = np.concatenate([q_order, k_order, v_order])
+    gate_up_order = (
+        np.arange(2 * intermediate).reshape(2, -1, _GATE_ROWS).swapaxes(0, 1).reshape(-1)
+    )
+    for layer in range(config.num_layers):
+        block = f"blk.{layer}"
+        qkv = (("q", config.q_size), ("k", config.kv_size), ("v", config.kv_size))
+        yield _Matrix(
+            f"{layer}.qkv",
+            tuple(
+                weights.raw_matrix(f"{block}.attn_{name}.weight", size, hidden)
+                for name, size in qkv
+            ),
+            qkv_order,
+        )
+        yield matrix(f"{layer}.attn_output", f"{block}.attn_output", hidden, config.q_size)
+        yield _Matrix(
+            f"{layer}.gate_up",
+            tuple(
+                weights.raw_matrix(f"{block}.ffn_{name}.weight", intermediate, hidden)
+                for name in ("gate", "up")
+            ),
+            gate_up_order,
+        )
+        yield matrix(f"{layer}.down", f"{block}.ffn_down", hidden, intermediate)
+
+
+def _packed(matrix: _Matrix, weights: GGUFWeights) -> Iterator[tuple[int, ByteArray]]:
+    """The packed matrix in slabs of whole panels, and the rows of each: little is in memory."""
+    rows_of_slab = max(PANEL_SIZE, _SLAB_WEIGHTS // matrix.inputs // PANEL_SIZE * PANEL_SIZE)
+    for start in range(0, len(matrix.order), rows_of_slab):
+        rows = matrix.order[start : start + rows_of_slab]
+        shape, groups = (len(rows), matrix.inputs), (len(rows), matrix.inputs // GROUP_SIZE)
+        halves = np.empty((2, *groups), np.float16)
+        slab: tuple[AnyArray, ...]
+        if matrix.format == INT4:
+            slab = (np.empty(shape, np.uint8), halves[0], halves[1])
+        else:
+            slab = (np.empty(shape, np.int8), halves[0])
+        first = 0
+        for part in matrix.parts:
+            chosen = (rows >= first) & (rows < first + len(part.data))
+            if chosen.any():
+                source = part._replace(data=part.data[rows[chosen] - first])
+                for whole, piece in zip(slab, _decode(source, matrix.format, weights), strict=True):
+                    whole[chosen] = piece
+            first += len(part.data)
+        yield len(rows), pack_int4(*slab) if matrix.format == INT4 else pack_int8(*slab)
+
+
+def _decode(rows: RawMatrix, weight_format: int, weights: GGUFWeights) -> tuple[AnyArray, ...]:
+    """Rows of a file as groups: quantised values, scales, and minima in ``INT4``."""
+    readers = _INT4_READERS if weight_format == INT4 else _INT8_READERS
+    reader = readers.get(rows.ggml_type)
+    groups = reader(rows.data) if reader else quantize_int8(weights.dequantize(rows))
+    if not all(np.isfinite(scales).all() for scales in groups[1:]):
+        raise DamagedModel(
+            f"{weights.path}: tensor {rows.name!r} holds values that are not finite, or too large"
+        )
+    return groups
+
+
+# The cache.
+
+
+def _build(weights: GGUFWeights, home: Path, key: str, source: str, report: Progress) -> _Entry:
+    """Convert, and give the result its name in ``home``, if there can be one."""
+    target, parent = home / key, home
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=home))
-        lasting = True
-    except OSError:
-        scratch = Path(tempfile.mkdtemp(prefix="headway-"))
-        lasting = False
-    try:
-        _write(scratch, source, convert(weights, weight_format), weights.config.num_layers, report)
-        if lasting:
-            _publish(scratch, target, source)
-        converted = _load(target if lasting else scratch, weight_format)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=home))
+        except OSError:
+            parent = Path(tempfile.gettempdir())
+            scratch = Path(tempfile.mkdtemp(prefix="headway-"))
+        try:
+            _write(scratch, source, weights, report)
+            if parent is home:
+                _publish(scratch, target, source)
+            entry = _load(target if parent is home else scratch)
+        finally:
+            # What is mapped stays readable after its name is gone.
+            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise ModelError(
-            f"{path}: the converted model cannot be written to {scratch.parent}: "
+            f"{weights.path}: the converted model cannot be written to {parent}: "
             f"{error.strerror or error}"
         ) from error
-    finally:
-        # What is mapped stays readable after its name is gone.
-        shutil.rmtree(scratch, ignore_errors=True)
-    assert converted is not None, f"{target} was just written"
-    return weights, converted
+    assert entry is not None, f"{target} was just written"
+    return entry
 
 
 def _publish(scratch: Path, target: Path, source: str) -> None:
@@ -225,56 +304,84 @@ def _ignore(stage: str, fraction: float) -> None:
     """Progress that is not asked for."""
 
 
-def _write(
-    directory: Path,
-    source: str,
-    arrays: Iterator[tuple[str, AnyArray]],
-    num_layers: int,
-    report: Progress,
-) -> None:
-    index: dict[str, Any] = {"source": source, "arrays": {}}
+class _Output:
+    """A file that is written array by array, and the sum of its 64-bit words."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        self.sum = 0
+
+    def align(self, alignment: int) -> int:
+        """Fill up with zeros; returns the size, which is where the next array begins."""
+        self.size += self._file.write(b"\0" * (-self.size % alignment))
+        return self.size
+
+    def write(self, values: AnyArray) -> None:
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self.size += self._file.write(data.data)
+        self.sum = (self.sum + _sum_words(data)) % 2**64
+
+
+def _sum_words(data: ByteArray) -> int:
+    """Finds what goes wrong by itself: a torn write, a flipped bit."""
+    return int(data.view(np.uint64).sum(dtype=np.uint64))
+
+
+def _write(directory: Path, source: str, weights: GGUFWeights, report: Progress) -> None:
+    matrices = list(_matrices(weights))
+    done, total = 0, sum(len(matrix.order) * matrix.inputs for matrix in matrices)
+    index: dict[str, Any] = {"source": source, "arrays": {}, "matrices": {}}
     with (directory / "weights.bin").open("wb") as file:
-        for name, values in arrays:
-            contiguous = np.ascontiguousarray(values)
-            padding = -contiguous.nbytes % _ALIGNMENT
-            data = contiguous.reshape(-1).view(np.uint8)
+        output = _Output(file)
+        for name, values in _arrays(weights):
             index["arrays"][name] = {
-                "dtype": contiguous.dtype.str,
-                "shape": contiguous.shape,
-                "offset": file.tell(),
+                "dtype": values.dtype.str,
+                "shape": values.shape,
+                "offset": output.align(_ARRAY_ALIGNMENT),
             }
-            file.write(data.tobytes() + b"\0" * padding)
-            layer, _, _ = name.partition(".")
-            if layer.isdigit():
-                report("convert", (int(layer) + 1) / (num_layers + 1))
-        index["size"] = file.tell()
-    words = np.memmap(directory / "weights.bin", dtype=np.uint64, mode="r")
-    index["sum"] = int(words.sum(dtype=np.uint64))
+            output.write(values)
+        for matrix in matrices:
+            index["matrices"][matrix.name] = {
+                "outputs": -(-len(matrix.order) // PANEL_SIZE) * PANEL_SIZE,
+                "inputs": matrix.inputs,
+                "format": matrix.format,
+                "offset": output.align(_MATRIX_ALIGNMENT),
+            }
+            for rows, data in _packed(matrix, weights):
+                output.write(data)
+                done += rows * matrix.inputs
+                report("convert", done / total)
+    index |= {"size": output.size, "sum": output.sum}
     (directory / "index.json").write_text(json.dumps(index))
-    report("convert", 1.0)
 
 
-def _load(directory: Path, weight_format: WeightFormat) -> ConvertedWeights | None:
+def _load(directory: Path) -> _Entry | None:
     """The entry, or None if there is none or it does not add up. Maps; copies nothing."""
     try:
         index = json.loads((directory / "index.json").read_text())
         file = directory / "weights.bin"
         if file.stat().st_size != index["size"]:
             return None
-        # Mode "c", private and writable: OpenVINO shares no memory that cannot be written.
-        data = np.asarray(np.memmap(file, dtype=np.uint8, mode="c"))
-        # A sum over words finds what goes wrong by itself (a torn write, a flipped bit); compiling
-        # touches every page anyway, so it costs little.
-        if int(data.view(np.uint64).sum(dtype=np.uint64)) != index["sum"]:
+        data = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+        if _sum_words(data) != index["sum"]:
             return None
         arrays = {}
         for name, entry in index["arrays"].items():
             dtype, shape, offset = np.dtype(entry["dtype"]), tuple(entry["shape"]), entry["offset"]
             length = math.prod(shape) * dtype.itemsize
             arrays[name] = data[offset : offset + length].view(dtype).reshape(shape)
+        matrices = {}
+        for name, entry in index["matrices"].items():
+            outputs, inputs, weight_format = (entry[key] for key in ("outputs", "inputs", "format"))
+            length = packed_bytes(outputs, inputs, weight_format)
+            packed = data[entry["offset"] : entry["offset"] + length]
+            if packed.size != length:
+                return None
+            matrices[name] = PackedMatrix(packed, outputs, inputs, weight_format)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return ConvertedWeights(arrays, weight_format, directory)
+    return _Entry(arrays, matrices, directory)
 
 
 def _checksum(path: Path, home: Path, report: Progress) -> str:

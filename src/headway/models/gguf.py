@@ -2,7 +2,8 @@
 
 The header is parsed by :mod:`headway.models.gguf_metadata`; this module gives it a meaning. What it
 returns is what the graph wants: one :class:`ModelConfig` of plain numbers, and weight matrices as
-float32 ``[out, in]`` arrays in the half-split RoPE form whatever the file's own convention.
+float32 ``[out, in]`` arrays in the half-split RoPE form whatever the file's own convention; or as
+the rows of blocks that the file has, for those who keep its own quantisation.
 
 Everything a file can get wrong is refused here, with one line that names the file, the value and
 the limit, so that the graph can take shapes for granted.
@@ -14,7 +15,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from headway.core.errors import DamagedModel, UnsupportedModel
 from headway.models.gguf_metadata import GGUFMetadata, TensorInfo, read_metadata
 
-__all__ = ["ARCHITECTURES", "GGUFWeights", "ModelConfig", "read_config"]
+__all__ = ["ARCHITECTURES", "GGUFWeights", "ModelConfig", "RawMatrix", "read_config"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -189,6 +190,22 @@ class _ConfigReader:
         return number
 
 
+class RawMatrix(NamedTuple):
+    """Rows of a matrix as the file has them.
+
+    Attributes:
+        name: of the tensor.
+        ggml_type: the file's number for its format.
+        inputs: values in a row.
+        data: ``[rows, bytes of a row]`` uint8: of each row the blocks, one after the other.
+    """
+
+    name: str
+    ggml_type: int
+    inputs: int
+    data: npt.NDArray[np.uint8]
+
+
 class GGUFWeights:
     """The weights of one file, dequantised tensor by tensor as they are asked for.
 
@@ -206,7 +223,9 @@ class GGUFWeights:
         self.metadata = read_metadata(self.path)
         self.config = read_config(self.metadata)
         self._tensors = {tensor.name: tensor for tensor in self.metadata.tensors}
-        self._bytes: npt.NDArray[np.uint8] = np.memmap(self.path, dtype=np.uint8, mode="r")
+        self._bytes: npt.NDArray[np.uint8] = np.asarray(
+            np.memmap(self.path, dtype=np.uint8, mode="r")
+        )
 
     def embedding(self) -> FloatArray:
         """``[vocab_size, hidden_size]``."""
@@ -280,18 +299,50 @@ class GGUFWeights:
             frequencies = frequencies / factors
         return np.asarray(frequencies, dtype=np.float64)
 
+    def raw_matrix(self, name: str, outputs: int, inputs: int) -> RawMatrix:
+        """The tensor ``name`` as it is in the file: mapped, neither copied nor checked.
+
+        Raises:
+            DamagedModel: there is no such tensor, or it has another shape.
+            UnsupportedModel: its type is not known.
+        """
+        info = self._info(name, (outputs, inputs))
+        return RawMatrix(name, info.ggml_type, inputs, self._blocks(info).reshape(outputs, -1))
+
+    def dequantize(self, matrix: RawMatrix) -> FloatArray:
+        """``[rows, inputs]``: what the rows of ``matrix``, all or some of the file's, stand for.
+
+        Raises:
+            DamagedModel: a value is not finite.
+            UnsupportedModel: the format cannot be dequantised.
+        """
+        rows = len(matrix.data)
+        values = self._dequantize(matrix.name, matrix.ggml_type, matrix.data.reshape(-1))
+        return self._checked(matrix.name, values.reshape(rows, matrix.inputs))
+
+    def half_split_order(self, rows: int) -> npt.NDArray[np.intp]:
+        """``[rows]``: the file's row for each row of queries or keys in half-split order.
+
+        In the file's order for interleaved RoPE, pair i of a head is rows 2i and 2i + 1; here it is
+        rows i and i + head_dim/2.
+        """
+        order = np.arange(rows)
+        if self.config.architecture in _INTERLEAVED_ROPE:
+            order = order.reshape(-1, self.config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+        return order
+
     def _qkv_sizes(self) -> tuple[tuple[str, int], ...]:
         return ("q", self.config.q_size), ("k", self.config.kv_size), ("v", self.config.kv_size)
 
     def _half_split(self, rows: FloatArray, name: str) -> FloatArray:
-        """Undo the row order of interleaved RoPE: pair i becomes rows i and i + head_dim/2."""
-        if name == "v" or self.config.architecture not in _INTERLEAVED_ROPE:
-            return rows
-        heads = rows.reshape(-1, self.config.head_dim // 2, 2, *rows.shape[1:])
-        split: FloatArray = heads.swapaxes(1, 2).reshape(rows.shape)
-        return split
+        return rows if name == "v" else rows[self.half_split_order(len(rows))]
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> FloatArray:
+        info = self._info(name, shape)
+        values = self._dequantize(name, info.ggml_type, self._blocks(info))
+        return self._checked(name, values.reshape(shape))
+
+    def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self._tensors.get(name)
         if info is None:
             raise DamagedModel(f"{self.path}: the tensor {name!r} is missing")
@@ -300,37 +351,58 @@ class GGUFWeights:
                 f"{self.path}: tensor {name!r} has the shape {list(reversed(info.shape))}, "
                 f"must be {list(shape)}"
             )
-        values = self._dequantize(info).reshape(shape)
+        return info
+
+    def _checked(self, name: str, values: FloatArray) -> FloatArray:
         if not np.isfinite(values).all():
             raise DamagedModel(f"{self.path}: tensor {name!r} holds values that are not finite")
         return values
 
-    def _dequantize(self, info: TensorInfo) -> FloatArray:
+    def _kind(self, name: str, ggml_type: int) -> tuple[Any, int, int]:
+        """The type's ``GGMLQuantizationType``, the values of a block, and its bytes."""
         # Imported here: a start that finds the converted model never needs it.
         import gguf  # noqa: PLC0415
 
         try:
-            kind = gguf.GGMLQuantizationType(info.ggml_type)
+            kind = gguf.GGMLQuantizationType(ggml_type)
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
             raise UnsupportedModel(
-                f"{self.path}: tensor {info.name!r} has the unknown type {info.ggml_type}"
+                f"{self.path}: tensor {name!r} has the unknown type {ggml_type}"
             ) from None
-        blocks = math.prod(info.shape) // per_block
+        return kind, per_block, block_bytes
+
+    def _blocks(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor, which are those of whole rows."""
+        _, per_block, block_bytes = self._kind(info.name, info.ggml_type)
+        if info.shape[0] % per_block:
+            raise DamagedModel(
+                f"{self.path}: tensor {info.name!r} has rows of {info.shape[0]} values, in blocks "
+                f"of {per_block}"
+            )
+        length = math.prod(info.shape) // per_block * block_bytes
         start = self.metadata.data_offset + info.offset
-        data = self._bytes[start : start + blocks * block_bytes]
-        if data.size != blocks * block_bytes:
+        data = self._bytes[start : start + length]
+        if data.size != length:
             raise DamagedModel(f"{self.path}: tensor {info.name!r} reaches past the end of file")
+        return data
+
+    def _dequantize(self, name: str, ggml_type: int, data: npt.NDArray[np.uint8]) -> FloatArray:
+        import gguf  # noqa: PLC0415
+
+        kind, _, block_bytes = self._kind(name, ggml_type)
         # `dequantize` loops in Python over groups of 16 rows. A tensor cut into 16 long rows is
         # one group, which is several times faster; blocks are independent of one another.
-        rows = 16 if blocks % 16 == 0 else 1
+        rows = 16 if data.size // block_bytes % 16 == 0 else 1
         if kind is gguf.GGMLQuantizationType.F32:
             return np.array(data.view(np.float32))
         try:
-            values: FloatArray = gguf.dequantize(data.reshape(rows, -1), kind)
+            # What is not finite is refused by its value; it need not be warned of as well.
+            with np.errstate(all="ignore"):
+                values: FloatArray = gguf.dequantize(data.reshape(rows, -1), kind)
             return values.reshape(-1)
         except NotImplementedError:
             raise UnsupportedModel(
-                f"{self.path}: tensor {info.name!r} has the type {kind.name}, "
+                f"{self.path}: tensor {name!r} has the type {kind.name}, "
                 f"which cannot be dequantised"
             ) from None

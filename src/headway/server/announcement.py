@@ -43,8 +43,8 @@ def announce(engine: EngineClient, config: ServerConfig, url: str) -> None:
         if num_keys == 0
         else f"with {num_keys} API key{'s' * (num_keys > 1)}",
     }
-    if "batch invariance" in limits.facts:
-        rows["results"] = limits.facts["batch invariance"]
+    if "results" in limits.facts:
+        rows["results"] = limits.facts["results"]
     body = {"model": config.model_name, "prompt": "Queues form because", "priority": 0}
     header = "    -H 'Authorization: Bearer KEY' \\\n" if num_keys else ""
     terminal = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

@@ -192,7 +192,7 @@ def run_load(
 
 SETTINGS: list[dict[str, Any]] = [
     {"preemption_mode": "auto"},
-    {"preemption_mode": "tail", "deterministic": False},
+    {"preemption_mode": "tail"},
     {"preemption_mode": "swap"},
     {"preemption_mode": "recompute", "max_num_queued_reqs": 4},
     {"preemption_mode": "recompute", "enable_prefix_caching": False, "queue_timeout": 0.3},
@@ -501,7 +501,6 @@ def test_recomputing_takes_its_share_of_a_step(
         num_blocks=8,
         max_num_seqs=2,
         enable_prefix_caching=False,
-        deterministic=False,
     )
     metrics, witness = metrics_of(engine), Witness(engine)
     engine.submit(ask("victim", 1, [97] * 10, 10))

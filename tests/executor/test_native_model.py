@@ -10,7 +10,7 @@ from growing_sequence import GrowingSequence
 
 from headway.core.sampling_params import SamplingParams
 from headway.core.scheduler_output import SchedulerOutput
-from headway.executor.openvino import OpenVINOExecutor
+from headway.executor.native import NativeExecutor
 from headway.models.registry import resolve
 
 pytestmark = pytest.mark.model
@@ -21,14 +21,14 @@ PARIS = 7042
 
 
 @pytest.fixture(scope="module")
-def executor() -> Iterator[OpenVINOExecutor]:
-    executor = OpenVINOExecutor(resolve("smollm2-135m-instruct"), kv_cache_bytes=200 << 20)
+def executor() -> Iterator[NativeExecutor]:
+    executor = NativeExecutor(resolve("smollm2-135m-instruct"), kv_cache_bytes=200 << 20)
     yield executor
     executor.close()
 
 
 def generate(
-    executor: OpenVINOExecutor, sequences: list[GrowingSequence], steps: int, chunk: int = 1000
+    executor: NativeExecutor, sequences: list[GrowingSequence], steps: int, chunk: int = 1000
 ) -> list[list[int]]:
     """Run the sequences together for so many steps each, prompts in chunks."""
     for step in range(steps):
@@ -46,17 +46,12 @@ def sequence(prompt: list[int], block: int) -> GrowingSequence:
     return GrowingSequence(f"r{block}", prompt, params, block_table=range(block, block + 8))
 
 
-def test_the_capital_of_france(executor: OpenVINOExecutor) -> None:
+def test_the_capital_of_france(executor: NativeExecutor) -> None:
     ((first, *_),) = generate(executor, [sequence(PROMPT, 0)], 1)
     assert first == PARIS
 
 
-def test_batch_invariance_holds(executor: OpenVINOExecutor) -> None:
-    assert executor.invariance.checked
-    assert executor.invariance.holds, executor.invariance.summary
-
-
-def test_greedy_output_does_not_depend_on_the_company(executor: OpenVINOExecutor) -> None:
+def test_greedy_output_does_not_depend_on_the_company(executor: NativeExecutor) -> None:
     random = np.random.default_rng(0)
     prompts = [random.integers(0, executor.vocab_size, 10 + 9 * n).tolist() for n in range(12)]
     alone = [generate(executor, [sequence(prompt, 0)], 12)[0] for prompt in prompts]

@@ -16,7 +16,10 @@ from headway.core.errors import ConfigError, InternalError, ModelError
 from headway.core.sampling_params import SamplingParams
 from headway.core.scheduler_output import SchedulerOutput, StepRow
 from headway.executor.base import ModelRunnerOutput, TokenLogprobs
-from headway.executor.openvino import OpenVINOExecutor
+from headway.executor.native import NativeExecutor
+from headway.executor.precision import PRECISIONS
+from headway.kernels.loader import available_paths
+from headway.models.registry import default_home
 
 Moves = tuple[tuple[int, int], ...]
 
@@ -24,26 +27,29 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
 NUM_BLOCKS = 60
 
 MODELS: dict[str, TinyModel] = {
-    "llama": TinyModel("llama"),
-    "llama, untied": TinyModel("llama", tied=False, num_kv_heads=4),
+    "llama": TinyModel("llama", head_dim=32),
+    "llama, untied": TinyModel("llama", head_dim=32, tied=False, num_kv_heads=4),
     "llama 3 rope": TinyModel(
-        "llama", rope_factors=np.linspace(1.0, 8.0, 8).astype(np.float32), rope_theta=5e5
+        "llama",
+        head_dim=32,
+        rope_factors=np.linspace(1.0, 8.0, 16).astype(np.float32),
+        rope_theta=5e5,
     ),
     "llama, linear rope": TinyModel(
-        "llama", extra={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+        "llama", head_dim=32, extra={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     ),
-    "qwen2": TinyModel("qwen2", num_kv_heads=1),
+    "qwen2": TinyModel("qwen2", head_dim=32, num_kv_heads=1),
     "qwen3": TinyModel("qwen3", head_dim=32, tied=False),
 }
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., OpenVINOExecutor]]:
+def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., NativeExecutor]]:
     """Executors by model name, each built once a module."""
     home = tmp_path_factory.mktemp("home")
-    executors: dict[str, OpenVINOExecutor] = {}
+    executors: dict[str, NativeExecutor] = {}
 
-    def build(name: str, **options: object) -> OpenVINOExecutor:
+    def build(name: str, **options: object) -> NativeExecutor:
         key = f"{name} {sorted(options.items())}"
         if key not in executors:
             path = home / f"{len(executors)}.gguf"
@@ -52,10 +58,10 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ope
             settings: dict[str, object] = {
                 "kv_cache_bytes": NUM_BLOCKS * block_bytes,
                 "swap_space_bytes": NUM_BLOCKS * block_bytes,
-                "home": home,
+                "home": home_for(home),
                 "num_threads": 2,
             }
-            executors[key] = OpenVINOExecutor(path, **(settings | options))  # type: ignore[arg-type]
+            executors[key] = NativeExecutor(path, **(settings | options))  # type: ignore[arg-type]
         return executors[key]
 
     yield build
@@ -63,10 +69,19 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ope
         executor.close()
 
 
+def home_for(directory: Path) -> Path:
+    """A home of its own for models, with the kernels that have been compiled already."""
+    kernels = default_home() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    if not (directory / "kernels").exists():
+        (directory / "kernels").symlink_to(kernels, target_is_directory=True)
+    return directory
+
+
 class Pool:
     """Hands out blocks and runs steps, as the scheduler and the engine would."""
 
-    def __init__(self, executor: OpenVINOExecutor, seed: int = 0) -> None:
+    def __init__(self, executor: NativeExecutor, seed: int = 0) -> None:
         self.executor = executor
         self.random = np.random.default_rng(seed)
         self.free = self.random.permutation(executor.num_blocks).tolist()
@@ -110,26 +125,27 @@ class Pool:
 
     def logits(self, *work: tuple[GrowingSequence, int]) -> np.ndarray:
         """The logits of a step's sampled rows, which must all need them; nothing is taken in."""
-        batch = self.executor.batch([self.row(sequence, count) for sequence, count in work])
-        return self.executor.forward(batch).logits.copy()
+        rows = tuple(self.row(sequence, count) for sequence, count in work)
+        execution = self.executor.begin(SchedulerOutput(rows=rows))
+        assert execution.advance()
+        return execution.result.logits
 
 
 RANDOM = SamplingParams(temperature=1.0, seed=1, max_tokens=64)
 
 
-@pytest.mark.parametrize("weight_format", ["f32", "u8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_reference_s(
-    make: Callable[..., OpenVINOExecutor], name: str, weight_format: str
+    make: Callable[..., NativeExecutor], name: str, precision: str
 ) -> None:
     """Prefill over several blocks, then decode; every position's logits against numpy."""
-    executor = make(name, weight_format=weight_format)
+    executor = make(name, precision=precision)
     pool = Pool(executor)
     tokens = pool.random.integers(0, executor.vocab_size, 90).tolist()
     want = MODELS[name].logits(tokens)
-    # Rounding: of the weights to 8 bits, or of keys and values (and products, if bf16) alone.
-    coarse = weight_format == "u8" or executor.precision.arithmetic == "bf16"
-    tolerance = 0.15 if coarse else 0.01
+    # Weights are rounded to 8 bits; activations are, too, or to bfloat16s.
+    tolerance = 0.2 if precision == "int8" else 0.1
     request = pool.sequence(0, RANDOM, tokens[:80])
     for end in range(80, 91):
         got = pool.logits((request, request.num_uncomputed_tokens))
@@ -139,20 +155,20 @@ def test_logits_are_the_reference_s(
             request.token_ids.append(tokens[end])
 
 
-def test_greedy_is_the_reference_s_argmax(make: Callable[..., OpenVINOExecutor]) -> None:
-    executor = make("qwen3", weight_format="f32")
+def test_greedy_is_the_reference_s_argmax(make: Callable[..., NativeExecutor]) -> None:
+    executor = make("qwen3", precision="bf16")
     pool = Pool(executor)
     request = pool.sequence(40)
     for _ in range(8):
         want = MODELS["qwen3"].logits(request.token_ids)[-1]
         (token,) = pool.step((request, request.num_uncomputed_tokens))
         assert token is not None
-        assert want[token] >= want.max() - 0.02 * want.std()
+        assert want[token] >= want.max() - 0.2 * want.std()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_chunked_prefill_is_the_whole_prefill(
-    make: Callable[..., OpenVINOExecutor], name: str
+    make: Callable[..., NativeExecutor], name: str
 ) -> None:
     pool = Pool(make(name))
     whole = pool.sequence(100, RANDOM)
@@ -164,15 +180,13 @@ def test_chunked_prefill_is_the_whole_prefill(
             got = pool.logits((request, count))
             request.num_computed_tokens += count
         assert len(got) == 1
-        if pool.executor.invariance.chunks:
-            np.testing.assert_array_equal(got, want)
-        np.testing.assert_allclose(got, want, atol=0.1)
+        np.testing.assert_array_equal(got, want)
         pool.free += request.block_table
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_prompt_s_logprobs_are_the_reference_s_however_it_is_cut(
-    make: Callable[..., OpenVINOExecutor], name: str
+    make: Callable[..., NativeExecutor], name: str
 ) -> None:
     executor = make(name)
     params = SamplingParams(temperature=0.0, prompt_logprobs=3)
@@ -189,11 +203,7 @@ def test_a_prompt_s_logprobs_are_the_reference_s_however_it_is_cut(
                 assert pool.last.prompt_logprobs[1].start == 1 + len(rated)
                 rated += pool.last.prompt_logprobs[1].tokens
         whole = whole or rated
-        if executor.invariance.holds:
-            assert rated == whole
-        np.testing.assert_allclose(
-            [token.logprob for token in rated], [token.logprob for token in whole], atol=0.1
-        )
+        assert rated == whole
     want = MODELS[name].logits(request.prompt)
     want -= np.log(np.exp(want).sum(1, keepdims=True))
     np.testing.assert_allclose(
@@ -203,7 +213,7 @@ def test_a_prompt_s_logprobs_are_the_reference_s_however_it_is_cut(
     )
 
 
-def test_who_asks_for_logprobs_gets_the_same_tokens(make: Callable[..., OpenVINOExecutor]) -> None:
+def test_who_asks_for_logprobs_gets_the_same_tokens(make: Callable[..., NativeExecutor]) -> None:
     pool = Pool(make("llama"))
     plain = pool.sequence(40)
     rated = pool.sequence(
@@ -219,7 +229,7 @@ def test_who_asks_for_logprobs_gets_the_same_tokens(make: Callable[..., OpenVINO
     "params", [GREEDY, RANDOM, SamplingParams(temperature=0.0, logprobs=1)], ids=str
 )
 def test_a_request_whose_numbers_are_none_ends_alone(
-    make: Callable[..., OpenVINOExecutor], params: SamplingParams
+    make: Callable[..., NativeExecutor], params: SamplingParams
 ) -> None:
     executor = make("llama")
     pool = Pool(executor)
@@ -230,8 +240,7 @@ def test_a_request_whose_numbers_are_none_ends_alone(
         other.token_ids.pop()
         other.num_computed_tokens -= 1
     # What attention reads of the victim's first tokens is no number any more.
-    for rows in executor._store.pool:
-        rows[victim.block_table[0]] = 0xFF
+    executor._store.pool[victim.block_table[0]] = 0xFF
     assert pool.step((victim, 1), *((other, 1) for other in others)) == [None, *sound]
     assert set(pool.last.errors) == {0}
     assert str(pool.last.errors[0]).endswith(" is nan")
@@ -242,7 +251,7 @@ def test_a_request_whose_numbers_are_none_ends_alone(
     assert pool.step((heir, 1)) == sound[:1]
 
 
-def test_a_step_mixes_prefill_decode_and_sampling(make: Callable[..., OpenVINOExecutor]) -> None:
+def test_a_step_mixes_prefill_decode_and_sampling(make: Callable[..., NativeExecutor]) -> None:
     executor = make("llama")
     pool = Pool(executor)
     prompts = [pool.sequence(length) for length in (5, 40, 33)]
@@ -276,7 +285,7 @@ def test_a_step_mixes_prefill_decode_and_sampling(make: Callable[..., OpenVINOEx
 
 
 def test_sampled_tokens_do_not_depend_on_the_company(
-    make: Callable[..., OpenVINOExecutor],
+    make: Callable[..., NativeExecutor],
 ) -> None:
     executor = make("qwen2")
     params = SamplingParams(temperature=1.2, top_k=40, top_p=0.95, seed=7, max_tokens=32)
@@ -295,7 +304,7 @@ def test_sampled_tokens_do_not_depend_on_the_company(
     assert len(set(alone.output)) > 1
 
 
-def test_swap_and_copies_move_whole_blocks(make: Callable[..., OpenVINOExecutor]) -> None:
+def test_swap_and_copies_move_whole_blocks(make: Callable[..., NativeExecutor]) -> None:
     executor = make("llama")
     pool = Pool(executor)
     undisturbed = pool.sequence(70)
@@ -319,7 +328,7 @@ def test_swap_and_copies_move_whole_blocks(make: Callable[..., OpenVINOExecutor]
     assert request.token_ids == undisturbed.token_ids
 
 
-def test_a_copied_block_is_the_same_context(make: Callable[..., OpenVINOExecutor]) -> None:
+def test_a_copied_block_is_the_same_context(make: Callable[..., NativeExecutor]) -> None:
     pool = Pool(make("llama"))
     parent = pool.sequence(50)
     pool.step((parent, 50))
@@ -333,14 +342,14 @@ def test_a_copied_block_is_the_same_context(make: Callable[..., OpenVINOExecutor
     assert tokens[0] == tokens[1]
 
 
-def test_a_step_without_rows_only_moves_blocks(make: Callable[..., OpenVINOExecutor]) -> None:
+def test_a_step_without_rows_only_moves_blocks(make: Callable[..., NativeExecutor]) -> None:
     executor = make("llama")
     assert executor.execute(SchedulerOutput(block_copies=((0, 1),))).tokens == []
 
 
 @pytest.mark.parametrize("params", [GREEDY, RANDOM], ids=["greedy", "sampling"])
 def test_sequences_that_share_a_prompt_go_on_as_if_they_were_alone(
-    make: Callable[..., OpenVINOExecutor], params: SamplingParams
+    make: Callable[..., NativeExecutor], params: SamplingParams
 ) -> None:
     executor = make("llama")
     pool = Pool(executor)
@@ -373,10 +382,10 @@ def test_sequences_that_share_a_prompt_go_on_as_if_they_were_alone(
 @pytest.mark.parametrize("params", [GREEDY, RANDOM], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("right", [0, 1, 2, 3])
 def test_drafts_change_the_number_of_steps_and_not_the_tokens(
-    make: Callable[..., OpenVINOExecutor], params: SamplingParams, right: int
+    make: Callable[..., NativeExecutor], params: SamplingParams, right: int
 ) -> None:
     """In every step so many right drafts, then a wrong one; over the edge of a block."""
-    executor = make("llama", weight_format="f32")
+    executor = make("llama", precision="bf16")
     pool = Pool(executor)
     plain = pool.sequence(25, params)
     pool.step((plain, 25))
@@ -397,19 +406,18 @@ def test_drafts_change_the_number_of_steps_and_not_the_tokens(
     assert num_steps == -(-16 // (right + 1))
 
 
-def test_the_logits_after_drafts_are_the_reference_s(make: Callable[..., OpenVINOExecutor]) -> None:
-    executor = make("llama", weight_format="f32")
+def test_the_logits_after_drafts_are_the_reference_s(make: Callable[..., NativeExecutor]) -> None:
+    executor = make("llama", precision="bf16")
     pool = Pool(executor)
     drafting = pool.sequence(30, RANDOM)
     drafts = (5, 6, 7)
     want = MODELS["llama"].logits([*drafting.token_ids, *drafts])[29:]
-    batch = executor.batch([pool.row(drafting, drafts=drafts)])
-    got = executor.forward(batch).logits
-    tolerance = 0.15 if executor.precision.arithmetic == "bf16" else 0.01
-    np.testing.assert_allclose(got, want, atol=tolerance * np.std(want) * 4)
+    execution = executor.begin(SchedulerOutput(rows=(pool.row(drafting, drafts=drafts),)))
+    assert execution.advance()
+    np.testing.assert_allclose(execution.result.logits, want, atol=0.4 * np.std(want))
 
 
-def test_a_step_that_was_pickled_gives_the_same(make: Callable[..., OpenVINOExecutor]) -> None:
+def test_a_step_that_was_pickled_gives_the_same(make: Callable[..., NativeExecutor]) -> None:
     executor = make("llama")
     pool = Pool(executor)
     params = SamplingParams(seed=3, logprobs=2, prompt_logprobs=1, logit_bias={5: 1.5})
@@ -422,16 +430,28 @@ def test_a_step_that_was_pickled_gives_the_same(make: Callable[..., OpenVINOExec
     assert pickle.loads(pickle.dumps(result)) == result
 
 
-def test_batch_invariance_is_checked_and_holds_here(
-    make: Callable[..., OpenVINOExecutor],
-) -> None:
+def test_it_says_what_runs(make: Callable[..., NativeExecutor]) -> None:
     executor = make("llama")
-    assert executor.invariance.checked
-    assert executor.describe()["batch invariance"] == executor.invariance.summary
+    facts = executor.describe()
+    assert executor.kernels.path in available_paths()
+    assert facts["kernels"] == f"{executor.kernels.path}, int8 activations"
+    assert facts["threads"].startswith("2")
+    assert f"{executor.num_blocks:,} blocks of 32 tokens" in facts["KV cache"]
 
 
-def test_long_context_up_to_the_last_position(make: Callable[..., OpenVINOExecutor]) -> None:
-    executor = make("qwen2", weight_format="f32")
+def test_an_unknown_precision_and_unknown_kernels_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = MODELS["llama"].write(tmp_path / "m.gguf")
+    with pytest.raises(ConfigError, match="precision is 'fp8', must be int8 or bf16"):
+        NativeExecutor(path, home=home_for(tmp_path), precision="fp8")  # type: ignore[arg-type]
+    monkeypatch.setenv("HEADWAY_KERNELS", "mmx")
+    with pytest.raises(ConfigError, match="HEADWAY_KERNELS is 'mmx'"):
+        NativeExecutor(path, home=home_for(tmp_path))
+
+
+def test_long_context_up_to_the_last_position(make: Callable[..., NativeExecutor]) -> None:
+    executor = make("qwen2", precision="bf16")
     pool = Pool(executor)
     length = executor.max_model_len
     request = pool.sequence(length, RANDOM)
@@ -439,8 +459,7 @@ def test_long_context_up_to_the_last_position(make: Callable[..., OpenVINOExecut
     while request.num_computed_tokens + 128 < length:
         pool.step((request, 128))
     got = pool.logits((request, length - request.num_computed_tokens))
-    tolerance = 0.04 if executor.precision.arithmetic == "f32" else 0.12  # bf16: 8 bits of mantissa
-    np.testing.assert_allclose(got[0], want, atol=tolerance * want.std())
+    np.testing.assert_allclose(got[0], want, atol=0.4 * want.std())
 
 
 @pytest.mark.parametrize(
@@ -458,7 +477,7 @@ def test_long_context_up_to_the_last_position(make: Callable[..., OpenVINOExecut
 def test_refuses_settings_out_of_range(tmp_path: Path, options: dict[str, int], words: str) -> None:
     path = MODELS["llama"].write(tmp_path / "m.gguf")
     with pytest.raises(ConfigError, match=words):
-        OpenVINOExecutor(path, home=tmp_path, **options)  # type: ignore[arg-type]
+        NativeExecutor(path, home=home_for(tmp_path), **options)  # type: ignore[arg-type]
 
 
 def test_refuses_files_that_are_no_models(tmp_path: Path) -> None:
@@ -466,14 +485,14 @@ def test_refuses_files_that_are_no_models(tmp_path: Path) -> None:
     for data in (b"", b"GGUF", b"not a model" * 100):
         path.write_bytes(data)
         with pytest.raises(ModelError, match=r"m\.gguf"):
-            OpenVINOExecutor(path, home=tmp_path)
+            NativeExecutor(path, home=home_for(tmp_path))
     with pytest.raises(ModelError, match="nowhere"):
-        OpenVINOExecutor(tmp_path / "nowhere.gguf", home=tmp_path)
+        NativeExecutor(tmp_path / "nowhere.gguf", home=home_for(tmp_path))
 
 
 def test_default_pool_is_capped_by_what_the_sequences_can_fill(tmp_path: Path) -> None:
     path = MODELS["llama"].write(tmp_path / "m.gguf")
-    executor = OpenVINOExecutor(path, home=tmp_path, max_num_seqs=3, max_model_len=100)
+    executor = NativeExecutor(path, home=home_for(tmp_path), max_num_seqs=3, max_model_len=100)
     assert executor.num_blocks == 3 * 4
     assert executor.num_swap_blocks > 0
     executor.close()
