@@ -167,7 +167,7 @@ def test_another_thread_stops_a_step_while_it_runs(num_threads: int) -> None:
         execution.hidden[:] = np.nan
         running = threading.Thread(target=execution.advance)
         running.start()
-        while np.isnan(execution.hidden[0, 0]):
+        while np.isnan(execution.hidden[0, 0]) and running.is_alive():
             pass
         execution.stop()
         running.join()
