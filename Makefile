@@ -43,8 +43,9 @@ check: $(VENV)/dev ## ruff, mypy --strict, and the import contracts
 wheel: | $(BIN)/python ## build a wheel with compiled kernels, for any x86-64 Linux
 	HEADWAY_WHEEL=x86_64 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-bench: $(VENV)/accuracy ## measure: scheduler, throughput, start-up, preemption, groups, accuracy
+bench: $(VENV)/accuracy ## measure: scheduler, kernels, throughput, start-up, preemption, accuracy, …
 	$(BIN)/python benchmarks/scheduler.py
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/preemption.py

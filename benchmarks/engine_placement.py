@@ -125,7 +125,10 @@ class RemoteEngine:
     def has_work(self) -> bool:
         return bool(self.unfinished)
 
-    def submit(self, request: Request) -> None:
+    def prepare(self, request: Request) -> None:
+        """The engine at the other end does it."""
+
+    def enqueue(self, request: Request) -> None:
         self.unfinished.add(request.request_id)
         prompt, params = request.prompt_token_ids, request.sampling_params
         self.pipe.send(("submit", request.request_id, request.priority, prompt, params))
@@ -230,10 +233,11 @@ async def measure(
 def cpu_times(server: psutil.Process, engine: psutil.Process) -> dict[str, float]:
     """Seconds so far; others are the clients, and what disturbs the measurement."""
     total = psutil.cpu_times()
+    busy = total.user + total.nice + total.system
     seconds = {"server process CPU s": sum(server.cpu_times()[:2]), "engine process CPU s": 0.0}
     if engine != server:
         seconds["engine process CPU s"] = sum(engine.cpu_times()[:2])
-    return seconds | {"others' CPU s": total.user + total.system - sum(seconds.values())}
+    return seconds | {"others' CPU s": busy - sum(seconds.values())}
 
 
 def read_all(pairs: list[tuple[socket.socket, socket.socket]]) -> None:

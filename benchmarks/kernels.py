@@ -5,7 +5,8 @@ suspension: a step that is suspended after every layer and resumed, against the 
 stops: how long a step goes on after another thread has asked it to stop, at any moment.
 engine: what a step takes beyond its kernels, in the whole engine; see ``throughput.py``.
 server: an urgent request on an idle ``headway serve``: its first token over HTTP, against what the
-    server took for its step.
+    server took for its step. (Where that would take too long, the server makes several steps of it;
+    they count together.)
 
 What is compared takes turns, because the machine is shared; medians count. Exits with status 1 if a
 figure misses its target.
@@ -243,22 +244,22 @@ def measure_engine(runs: int) -> dict[str, Any]:
 
 
 def measure_server(count: int) -> dict[str, Any]:
-    """Time to first token of a short urgent prompt, and the time of the step that made it."""
+    """Time to first token of a short urgent prompt, and the time of the steps that made it."""
     with serve("headway serve --port {port}") as server:
         pairs = uvloop.run(_urgent_requests(Client(server.base_url), count))
     ttfts, steps = ([pair[index] for pair in pairs] for index in (0, 1))
     beyond = [ttft - MAX_TTFT_FACTOR * step for ttft, step in pairs]
     return {
         "ttft ms": machine.summary(ttfts),
-        "step ms": machine.summary(steps),
-        "ttft over step": machine.summary([ttft / step for ttft, step in pairs]),
+        "steps ms": machine.summary(steps),
+        "ttft over steps": machine.summary([ttft / step for ttft, step in pairs]),
         f"ttft beyond {MAX_TTFT_FACTOR} steps ms": machine.summary(beyond),
         "met": statistics.median(beyond) <= MAX_TTFT_MS,
     }
 
 
 async def _urgent_requests(client: Client, count: int) -> list[tuple[float, float]]:
-    """Milliseconds to the first token, and of the step."""
+    """Milliseconds to the first token, and of the steps: more than one where that takes long."""
     await client.prepare()
     prompts = Prompts(0)
     pairs = []
@@ -268,9 +269,9 @@ async def _urgent_requests(client: Client, count: int) -> list[tuple[float, floa
         if request.error is not None:
             raise SystemExit(f"the idle server does not serve: {request.error}")
         after = await _step_times(client)
-        assert after["count"] == before["count"] + 1, (before, after)
-        step = after["sum"] - before["sum"]
-        pairs.append((1e3 * (request.times[0] - request.start), 1e3 * step))
+        assert after["count"] > before["count"], (before, after)
+        steps = after["sum"] - before["sum"]
+        pairs.append((1e3 * (request.times[0] - request.start), 1e3 * steps))
     return pairs[3:]  # the first ones warm up
 
 
@@ -322,7 +323,7 @@ def figures_of(results: dict[str, Any]) -> list[Figure]:
             ),
         ]
     if found := results.get("server"):
-        ttft, step = found["ttft ms"]["median"], found["step ms"]["median"]
+        ttft, step = found["ttft ms"]["median"], found["steps ms"]["median"]
         bound = MAX_TTFT_FACTOR * step + MAX_TTFT_MS
         figures.append(
             Figure(

@@ -53,7 +53,7 @@ async def measure_idle(client: Client, server: Server, number: int) -> dict[str,
 
     before = server.memory_mb()
     connections = [await client.open("/health") for _ in range(number)]
-    await asyncio.gather(*(one.done.wait() for one in connections))
+    await asyncio.gather(*(connection.done.wait() for connection in connections))
     connected = server.memory_mb() - before
     close(connections)
 
@@ -63,10 +63,12 @@ async def measure_idle(client: Client, server: Server, number: int) -> dict[str,
         streams.append(await client.stream(prompts.next(4), 1024, priority=number - index))
         await streams[-1].begun.wait()
     urgent = [await client.stream(prompts.next(4), 1024, priority=0) for _ in range(2 * SLOTS)]
-    await asyncio.gather(*(one.begun.wait() for one in urgent[:SLOTS]))
+    await asyncio.gather(*(stream.begun.wait() for stream in urgent[:SLOTS]))
     start, _ = await window(3.0)
     memory = server.memory_mb() - before
-    num_idle = sum(one.end is None and bool(one.times) and one.times[-1] < start for one in streams)
+    num_idle = sum(
+        stream.end is None and bool(stream.times) and stream.times[-1] < start for stream in streams
+    )
     close(streams + urgent)
     return {
         "idle streams": num_idle,
@@ -90,7 +92,7 @@ async def measure_queued(client: Client, number: int, seconds: float) -> dict[st
     while await num_waiting(client) < number:
         await asyncio.sleep(0.5)
     windows.append(await observe(client, seconds))
-    num_begun = sum(bool(one.times) or one.end is not None for one in queue)
+    num_begun = sum(bool(stream.times) or stream.end is not None for stream in queue)
     close(queue)
     while await num_waiting(client) > 2 * SLOTS:
         await asyncio.sleep(0.5)
@@ -104,14 +106,15 @@ async def measure_queued(client: Client, number: int, seconds: float) -> dict[st
             for start, end, _, _ in quiet_or_not
             for before, after in background.gaps(start, end)
         ]
-        computing = sum(one[2] for one in quiet_or_not), sum(one[3] for one in quiet_or_not)
+        computing = sum(seconds for _, _, seconds, _ in quiet_or_not)
+        num_steps = sum(number for _, _, _, number in quiet_or_not)
         rate = sum(background.tokens(start, end) for start, end, _, _ in quiet_or_not) / seconds
         steps.append(
             {
                 "gap p50 ms": round(1e3 * percentile(gaps, 50), 3),
                 "gap mean ms": round(1e3 * sum(gaps) / len(gaps), 3),
                 "gap p99 ms": round(1e3 * percentile(gaps, 99), 3),
-                "computing a step, mean ms": round(1e3 * computing[0] / max(computing[1], 1), 3),
+                "computing a step, mean ms": round(1e3 * computing / max(num_steps, 1), 3),
                 "tokens/s": round(rate, 1),
             }
         )

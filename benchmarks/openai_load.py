@@ -305,7 +305,7 @@ class Background:
 
     @property
     def errors(self) -> list[str]:
-        return [one.error for one in self.connections if one.error is not None]
+        return [stream.error for stream in self.connections if stream.error is not None]
 
     async def _run(self, max_tokens: int) -> None:
         while True:
@@ -324,16 +324,16 @@ class Background:
     def tokens(self, start: float, end: float) -> float:
         """Received between the two times."""
         return sum(
-            one.tokens_per_event * sum(start <= time < end for time in one.times)
-            for one in self.connections
+            stream.tokens_per_event * sum(start <= time < end for time in stream.times)
+            for stream in self.connections
         )
 
     def gaps(self, start: float, end: float) -> list[tuple[float, float]]:
         """Times without an event, within a completion, that ended between the two times."""
         return [
             (before, after)
-            for one in self.connections
-            for before, after in zip(one.times, one.times[1:], strict=False)
+            for stream in self.connections
+            for before, after in zip(stream.times, stream.times[1:], strict=False)
             if start <= after < end
         ]
 
@@ -345,11 +345,11 @@ class Server(NamedTuple):
     process: psutil.Process
 
     def cpu_seconds(self) -> float:
-        return sum(sum(one.cpu_times()[:2]) for one in self._processes())
+        return sum(sum(process.cpu_times()[:2]) for process in self._processes())
 
     def memory_mb(self) -> float:
         """Resident, in 10⁶ bytes."""
-        return sum(one.memory_info().rss for one in self._processes()) / 1e6
+        return sum(process.memory_info().rss for process in self._processes()) / 1e6
 
     def _processes(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]

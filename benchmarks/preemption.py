@@ -144,9 +144,11 @@ def measure_swap(executor: NativeExecutor, runs: int, chunk: int = 256) -> dict[
     draw = random.Random(0)
     swaps: list[float] = []
     prefills: list[float] = []
+    blocks = draw.sample(range(executor.num_blocks), 2 * num_blocks)
+    slots = draw.sample(range(executor.num_swap_blocks), num_blocks)
     for _ in range(runs + 1):
-        blocks = draw.sample(range(executor.num_blocks), 2 * num_blocks)
-        slots = draw.sample(range(executor.num_swap_blocks), num_blocks)
+        draw.shuffle(blocks)
+        draw.shuffle(slots)
         prompt = [draw.randrange(100, executor.vocab_size) for _ in range(SWAPPED_TOKENS)]
         own, others = tuple(blocks[:num_blocks]), blocks[num_blocks:]
         start = perf_counter()
@@ -172,7 +174,7 @@ def measure_swap(executor: NativeExecutor, runs: int, chunk: int = 256) -> dict[
         executor.execute(leave)
         executor.execute(come_back)
         swaps.append(1e3 * (perf_counter() - start))
-    # In the first run, the system finds memory for the swap space; it does so once.
+    # In the first run, the system finds memory for the blocks and slots; it does so once.
     swap, prefill = machine.summary(swaps[1:]), machine.summary(prefills[1:])
     ratio = swap["median"] / prefill["median"]
     return {

@@ -93,9 +93,9 @@ async def measure(client: Client, load: Load, server: Server | None) -> dict[str
         return client.complete(prompts.next(URGENT_WORDS), URGENT_TOKENS, URGENT_PRIORITY)
 
     idle = [await urgent() for _ in range(IDLE_REQUESTS + 3)][3:]  # the first ones warm up
-    for one in idle:
-        if not one.times:
-            raise SystemExit(f"the idle server does not serve: {one.error}")
+    for request in idle:
+        if not request.times:
+            raise SystemExit(f"the idle server does not serve: {request.error}")
 
     background = Background(
         client,
@@ -121,8 +121,8 @@ async def measure(client: Client, load: Load, server: Server | None) -> dict[str
     lengths = [after - before for before, after in gaps]
     rate = background.tokens(start, end) / (end - start)
     quiet_seconds = sum(after - before for before, after in quiet)
-    quiet_rate = sum(background.tokens(*one) for one in quiet) / quiet_seconds
-    served = [one for one in under_load if one.error is None]
+    quiet_rate = sum(background.tokens(*span) for span in quiet) / quiet_seconds
+    served = [request for request in under_load if request.error is None]
     if not served or not gaps:
         raise SystemExit(f"nothing was served under load: {under_load and under_load[0].error}")
     results = {
@@ -137,7 +137,7 @@ async def measure(client: Client, load: Load, server: Server | None) -> dict[str
         "background gap max beyond urgent work": uncovered(gaps, served),
         "urgent requests": len(under_load),
         "failures": dict(
-            Counter(one.error for one in [*idle, *under_load] if one.error is not None)
+            Counter(request.error for request in [*idle, *under_load] if request.error is not None)
             + Counter(background.errors)
         ),
         **{name: seconds / (end - start) for name, seconds in cpu.items()},
@@ -160,7 +160,8 @@ def cpu_times(server: Server | None) -> dict[str, float]:
     seconds = {"client cores used": cpu_seconds()}
     if server is not None:
         seconds["server cores used"] = server.cpu_seconds()
-        seconds["others' cores used"] = total.user + total.system - sum(seconds.values())
+        busy = total.user + total.nice + total.system
+        seconds["others' cores used"] = busy - sum(seconds.values())
     return seconds
 
 
@@ -188,8 +189,8 @@ async def arrivals(
 
 def latencies(name: str, requests: Sequence[Connection]) -> dict[str, float]:
     """Percentiles of the requests that were served."""
-    ttfts = [one.times[0] - one.start for one in requests]
-    totals = [one.times[-1] - one.start for one in requests]
+    ttfts = [request.times[0] - request.start for request in requests]
+    totals = [request.times[-1] - request.start for request in requests]
     return {
         f"{name} {figure} p{rank}": percentile(values, rank)
         for figure, values in (("ttft", ttfts), ("end-to-end", totals))
@@ -200,7 +201,7 @@ def latencies(name: str, requests: Sequence[Connection]) -> dict[str, float]:
 def uncovered(gaps: Sequence[tuple[float, float]], urgent: Sequence[Connection]) -> float:
     """The longest part of a background gap during which there was no urgent request."""
     busy: list[tuple[float, float]] = []  # disjoint, in order
-    for start, end in sorted((one.start, one.times[-1]) for one in urgent):
+    for start, end in sorted((request.start, request.times[-1]) for request in urgent):
         if busy and start <= busy[-1][1]:
             busy[-1] = busy[-1][0], max(end, busy[-1][1])
         else:
@@ -249,19 +250,19 @@ def show(
     table = Table("", *results, title=title)
     for figure, unit, factor in rows:
         cells = []
-        for one in results.values():
+        for figures in results.values():
             text = "–"
-            if figure in one:
+            if figure in figures:
                 digits = 2 if factor == 1 else 0
-                text = f"{one[figure] * factor:.{digits}f} {unit}".rstrip()
-            if figure in one["targets"]:
-                sign, limit = one["targets"][figure]
-                color, word = ("green", "met") if one["met"][figure] else ("red", "missed")
+                text = f"{figures[figure] * factor:.{digits}f} {unit}".rstrip()
+            if figure in figures["targets"]:
+                sign, limit = figures["targets"][figure]
+                color, word = ("green", "met") if figures["met"][figure] else ("red", "missed")
                 bound = f"{'≤' if sign == '<' else '≥'} {limit * factor:g}"
                 text = f"[{color}]{text} ({bound}: {word})[/]"
             cells.append(text)
         table.add_row(figure, *cells)
-    failures = {name: one.get("failures", {}) for name, one in results.items()}
+    failures = {name: figures.get("failures", {}) for name, figures in results.items()}
     table.add_row("failures", *(str(sum(counts.values())) for counts in failures.values()))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for name, counts in failures.items():

@@ -155,23 +155,23 @@ def compare_outputs(vllm: VLLM) -> dict[str, Any]:
 
 
 def show_outputs(results: dict[str, Any]) -> None:
-    for name, one in results.items():
+    for name, found in results.items():
         print(
-            f"{name}: {one['differ']} of {one['requests']} outputs differ; "
-            f"preemptions {' and '.join(f'{number:.0f}' for number in one['preemptions'])}"
+            f"{name}: {found['differ']} of {found['requests']} outputs differ; "
+            f"preemptions {' and '.join(f'{number:.0f}' for number in found['preemptions'])}"
         )
-        if one["differ"]:
+        if found["differ"]:
             print(
-                f"  first at token {one['first at token'][0]} to {one['first at token'][-1]}; "
-                f"there the chosen token led by {statistics.median(one['margins there']):.3f} in "
-                f"the median, {one['margins there'][-1]:.3f} at most "
-                f"({one['margin of all tokens, median']:.2f}: median of all tokens); "
-                f"{one['chose the other way round']} of them chose the other's next best"
+                f"  first at token {found['first at token'][0]} to {found['first at token'][-1]}; "
+                f"there the chosen token led by {statistics.median(found['margins there']):.3f} in "
+                f"the median, {found['margins there'][-1]:.3f} at most "
+                f"({found['margin of all tokens, median']:.2f}: median of all tokens); "
+                f"{found['chose the other way round']} of them chose the other's next best"
             )
         print(
             f"  the log-probability of a token that both chose differs by "
-            f"{one['noise, p50']:.2g} in the median, {one['noise, p99']:.2g} in the 99th "
-            f"percentile, {one['noise, largest']:.2g} at most"
+            f"{found['noise, p50']:.2g} in the median, {found['noise, p99']:.2g} in the 99th "
+            f"percentile, {found['noise, largest']:.2g} at most"
         )
 
 

@@ -129,8 +129,8 @@ class Load:
         """Seconds that it takes to abort so many waiting requests, one by one."""
         waiting = [
             name
-            for name, one in self.scheduler.requests.items()
-            if one.status == RequestStatus.WAITING
+            for name, request in self.scheduler.requests.items()
+            if request.status == RequestStatus.WAITING
         ]
         seconds = []
         for name in self._random.sample(waiting, number):

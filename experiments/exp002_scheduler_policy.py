@@ -42,7 +42,7 @@ from headway.executor.simulated import SimulatedExecutor, VirtualClock
 
 MAX_NUM_SEQS = 2
 MAX_NUM_BATCHED_TOKENS = 256
-#: Tokens in a block: what OpenVINO's CPU attention has, so that both modes have the same pools.
+#: Tokens in a block: as the executor has it, so that both modes have the same pools.
 BLOCK_SIZE = 32
 #: Prompt lengths, in tokens, drawn for each request from a fixed seed.
 PROMPT_TOKENS = (64, 96)
@@ -259,8 +259,8 @@ class ModelBackend:
         self._config = EngineConfig(max_num_seqs=MAX_NUM_SEQS, num_threads=num_threads)
         if model is not None:
             self._config = replace(self._config, model=model)
-        # Large enough for the executor to check that outputs do not depend on the batch.
-        self._engine = replace(self._config, kv_cache_bytes=128 << 20).build()
+        # Enough for a block of any model; a scenario's pool is made when it is known.
+        self._engine = replace(self._config, kv_cache_bytes=64 << 20).build()
         executor: Any = self._engine.executor
         self._bytes_per_block: int = executor.bytes_per_block
         #: What runs, for the record; pools are the scenarios' own.
