@@ -22,7 +22,6 @@ from tiny_models import TinyModel
 from tiny_runs import (
     MODELS,
     PATHS,
-    PRECISIONS,
     Bench,
     Models,
     RawStep,
@@ -55,17 +54,6 @@ LENGTH = 100
 def models() -> Iterator[Models]:
     with closing(Models()) as models:
         yield models
-
-
-@pytest.fixture(scope="module", params=PATHS)
-def path(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module", params=PRECISIONS)
-def precision(request: pytest.FixtureRequest) -> Precision:
-    precision: Precision = request.param
-    return precision
 
 
 #: ``whole(name, seed)``: the tokens of a prompt, and the logits after each, if the prompt is one
@@ -488,7 +476,8 @@ def test_whatever_happens_the_bits_are_the_same(
         resume()
     while done < len(lengths):
         settle()
-        work = [(text, text.num_left) for text in places if text is not None]
+        most = teams[1].max_tokens // len(places)
+        work = [(text, min(text.num_left, most)) for text in places if text is not None]
         if work:
             bench.run(*work)
 
