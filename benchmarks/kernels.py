@@ -47,7 +47,7 @@ from headway.executor.native_model import BLOCK_SIZE, NativeModel
 from headway.executor.precision import PRECISIONS
 from headway.kernels.library import Cache, open_library
 from headway.kernels.loader import available_paths, load
-from headway.models.conversion import load_packed
+from headway.models.packed_model import load_packed
 from headway.models.registry import DEFAULT_MODEL, default_home, resolve
 
 PARTS = ("paths", "suspension", "stops", "engine", "server")

@@ -219,7 +219,9 @@ def compare(
     """Ours divided by the best peer's, for each column (its name, and whether less is better)."""
     ratios = {}
     for column, less_is_better in columns:
-        others = [one[column] for name, one in figures.items() if name != HEADWAY and column in one]
+        others = [
+            known[column] for name, known in figures.items() if name != HEADWAY and column in known
+        ]
         ours = figures.get(HEADWAY, {}).get(column)
         if others and ours is not None:
             ratios[column] = round(ours / (min if less_is_better else max)(others), 3)
@@ -232,8 +234,8 @@ def show(results: dict[str, Any]) -> None:
         table = Table("", title="tokens/s")
         for rate in RATES:
             table.add_column(rate, justify="right")
-        for name, one in speed.items():
-            table.add_row(name, *(f"{one[rate]['median']:,.0f}" for rate in RATES))
+        for name, rates in speed.items():
+            table.add_row(name, *(f"{rates[rate]['median']:,.0f}" for rate in RATES))
         ratios = results["speed ratios"]
         table.add_row(
             f"{HEADWAY} ÷ best peer",
@@ -245,14 +247,17 @@ def show(results: dict[str, Any]) -> None:
         table = Table("", title=f"urgent requests under load, {slots}")
         for figure, unit, *_ in LOAD_COLUMNS:
             table.add_column(f"{figure} ({unit})" if unit else figure, justify="right")
-        for name, one in servers.items():
-            failures = sum(one["failures"].values())
-            cells = [f"{one[figure] * factor:,.0f}" for figure, _, factor, _ in LOAD_COLUMNS]
+        for name, figures in servers.items():
+            failures = sum(figures["failures"].values())
+            cells = [f"{figures[figure] * factor:,.0f}" for figure, _, factor, _ in LOAD_COLUMNS]
             table.add_row(f"{name} ({failures} requests failed)" if failures else name, *cells)
         ratios = results["load ratios"][slots]
         table.add_row(
             f"{HEADWAY} ÷ best peer",
-            *(f"{ratios[one[0]]:.2f} ×" if one[0] in ratios else "–" for one in LOAD_COLUMNS),
+            *(
+                f"{ratios[figure]:.2f} ×" if figure in ratios else "–"
+                for figure, *_ in LOAD_COLUMNS
+            ),
             style="bold",
         )
         console.print(table)

@@ -11,7 +11,7 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import PATHS, PRECISIONS, assert_same_bits, native_model, packed_model
+from tiny_runs import PATHS, assert_same_bits, native_model, packed_model
 
 from headway.executor.native_model import NativeModel
 from headway.executor.precision import Precision
@@ -56,17 +56,6 @@ MATRICES = {
 PACKED = replace(
     packed_model("llama").packed, matrices={**packed_model("llama").packed.matrices, **MATRICES}
 )
-
-
-@pytest.fixture(scope="module", params=PATHS)
-def path(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module", params=PRECISIONS)
-def precision(request: pytest.FixtureRequest) -> Precision:
-    precision: Precision = request.param
-    return precision
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from headway.executor.native_model import BLOCK_SIZE, NativeModel
 from headway.executor.precision import Precision
 from headway.kernels.library import Cache, Step, open_library
 from headway.kernels.loader import available_paths, load
-from headway.models.conversion import PackedModel, load_packed
+from headway.models.packed_model import PackedModel, load_packed
 from headway.models.registry import default_home
 
 FloatArray = npt.NDArray[np.float32]

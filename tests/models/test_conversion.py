@@ -15,8 +15,8 @@ import pytest
 from tiny_models import TinyModel
 
 from headway.core.errors import DamagedModel, ModelError, UnsupportedModel
-from headway.models.conversion import PackedModel, load_packed
 from headway.models.gguf import GGUFWeights
+from headway.models.packed_model import PackedModel, load_packed
 from headway.models.packing import INT4, INT8, dequantize, packed_bytes, unpack_int8
 
 KIND = gguf.GGMLQuantizationType
@@ -202,7 +202,7 @@ def test_a_start_from_the_cache_does_not_import_gguf(tmp_path: Path) -> None:
     load_packed(path, tmp_path / "home")
     program = (
         "import sys; from pathlib import Path\n"
-        "from headway.models.conversion import load_packed\n"
+        "from headway.models.packed_model import load_packed\n"
         "load_packed(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "assert 'gguf' not in sys.modules"
     )
@@ -275,7 +275,7 @@ def test_an_entry_of_another_version_is_replaced(
     path = tiny().write(tmp_path / "m.gguf")
     other = load_packed(tiny(seed=5).write(tmp_path / "other.gguf"), home)
     old = load_packed(path, home)
-    monkeypatch.setattr("headway.models.conversion._LAYOUT_VERSION", 0)
+    monkeypatch.setattr("headway.models.packed_model._LAYOUT_VERSION", 0)
     new = load_packed(path, home)
     assert not old.directory.exists()
     assert new.directory.is_dir()
@@ -288,7 +288,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("headway.models.conversion._write", full)
+    monkeypatch.setattr("headway.models.packed_model._write", full)
     path = tiny().write(tmp_path / "m.gguf")
     with pytest.raises(ModelError, match=r"m\.gguf: .*home: No space left"):
         load_packed(path, tmp_path / "home")

@@ -29,11 +29,28 @@ def test_reads_the_configuration(tmp_path: Path) -> None:
     assert not config.has_qkv_bias
 
 
+def matrix(weights: GGUFWeights, name: str) -> np.ndarray:
+    """The values of a matrix, in the file's own order."""
+    config = weights.config
+    hidden, wide = config.hidden_size, config.intermediate_size
+    shapes = dict.fromkeys(("ffn_gate", "ffn_up"), (wide, hidden))
+    shapes |= {"ffn_down": (hidden, wide), "token_embd": (config.vocab_size, hidden)}
+    shapes |= {f"attn_{part}": (size, hidden) for part, size in config.qkv_sizes}
+    shape = shapes[name.rpartition(".")[2]]
+    return weights.dequantize(weights.raw_matrix(f"{name}.weight", *shape))
+
+
+def qkv(weights: GGUFWeights, layer: int) -> np.ndarray:
+    """Queries, keys and values in the order in which they are computed."""
+    parts = [matrix(weights, f"blk.{layer}.attn_{part}") for part in "qkv"]
+    return np.concatenate(parts)[weights.qkv_order()]
+
+
 def test_llama_rows_are_brought_into_the_half_split_order(tmp_path: Path) -> None:
     model = TinyModel("llama", head_dim=16)
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
     stored = model.tensors["blk.0.attn_q.weight"]
-    read = weights.qkv(0)
+    read = qkv(weights, 0)
     # Head 1: pair i of the file (rows 2i, 2i + 1) is rows i and i + 8 here.
     for pair in range(8):
         np.testing.assert_array_equal(read[16 + pair], stored[16 + 2 * pair])
@@ -44,7 +61,7 @@ def test_llama_rows_are_brought_into_the_half_split_order(tmp_path: Path) -> Non
 def test_qwen_rows_stay_as_they_are(tmp_path: Path) -> None:
     model = TinyModel("qwen2", head_dim=16)
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
-    np.testing.assert_array_equal(weights.qkv(1)[:64], model.tensors["blk.1.attn_q.weight"])
+    np.testing.assert_array_equal(qkv(weights, 1)[:64], model.tensors["blk.1.attn_q.weight"])
     np.testing.assert_array_equal(weights.qkv_bias(1)[64:96], model.tensors["blk.1.attn_k.bias"])
 
 
@@ -56,8 +73,10 @@ def test_dequantises_whole_tensors_as_gguf_does(tmp_path: Path, kind: str) -> No
     model = TinyModel("qwen2", vocab_size=37, intermediate_size=160)
     path = model.write(tmp_path / "m.gguf", gguf.GGMLQuantizationType[kind])
     weights = GGUFWeights(path)
-    np.testing.assert_array_equal(weights.embedding(), model.tensors["token_embd.weight"])
-    np.testing.assert_array_equal(weights.down(1), model.tensors["blk.1.ffn_down.weight"])
+    np.testing.assert_array_equal(matrix(weights, "token_embd"), model.tensors["token_embd.weight"])
+    np.testing.assert_array_equal(
+        matrix(weights, "blk.1.ffn_down"), model.tensors["blk.1.ffn_down.weight"]
+    )
 
 
 def test_rope_frequencies(tmp_path: Path) -> None:
@@ -107,7 +126,7 @@ def test_names_a_missing_tensor(tmp_path: Path) -> None:
     del model.tensors["blk.1.ffn_up.weight"]
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
     with pytest.raises(DamagedModel, match=r"'blk\.1\.ffn_up\.weight' is missing"):
-        weights.gate_up(1)
+        matrix(weights, "blk.1.ffn_up")
 
 
 def test_names_a_wrong_shape(tmp_path: Path) -> None:
@@ -115,7 +134,7 @@ def test_names_a_wrong_shape(tmp_path: Path) -> None:
     model.tensors["blk.0.ffn_down.weight"] = np.zeros((64, 64), np.float32)
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
     with pytest.raises(DamagedModel, match=r"\[64, 64\], must be \[64, 96\]"):
-        weights.down(0)
+        matrix(weights, "blk.0.ffn_down")
 
 
 def test_refuses_values_that_are_not_finite(tmp_path: Path) -> None:
@@ -123,7 +142,7 @@ def test_refuses_values_that_are_not_finite(tmp_path: Path) -> None:
     model.tensors["blk.0.ffn_down.weight"][3, 5] = np.nan
     weights = GGUFWeights(model.write(tmp_path / "m.gguf"))
     with pytest.raises(DamagedModel, match="not finite"):
-        weights.down(0)
+        matrix(weights, "blk.0.ffn_down")
 
 
 def test_refuses_a_truncated_file_before_any_weight_is_read(tmp_path: Path) -> None:

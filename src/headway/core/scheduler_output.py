@@ -56,7 +56,7 @@ class StepRow(NamedTuple):
         drafts: a proposed continuation of ``token_ids``, computed in this step as well; only where
             there is one seed.
         context: tokens before ``start``: all of them where ``sampling.needs_history``; else the
-            last one, which may be left out unless the row is a single prompt token.
+            last one or none, which computes nothing and tells sequences apart.
         banned: tokens that must not be sampled before ``sampling.min_tokens`` are generated.
         rated: prompt tokens that the row's logits are to tell of.
     """

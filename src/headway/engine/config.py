@@ -16,7 +16,7 @@ from headway.core.policy import SchedulingPolicy
 from headway.core.scheduler import PriorityScheduler
 from headway.core.sharing_rules import SharingRules
 from headway.core.slo import SLO
-from headway.executor.precision import PRECISIONS, Precision
+from headway.executor.precision import Precision, check_precision
 from headway.models.registry import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, must be at least 1")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision is {self.precision!r}, must be {' or '.join(PRECISIONS)}")
+        check_precision(self.precision)
         if self.queue_timeout is not None and not 0 < self.queue_timeout < math.inf:
             raise ConfigError(f"queue_timeout is {self.queue_timeout} s, must be above 0")
 

@@ -69,10 +69,17 @@ def choose_kernels(
     key = hashlib.sha256(f"{_VERSION} {' '.join(paths)} {facts}".encode()).hexdigest()[:16]
     file = directory / f"choice-{key}.json"
     choice = _remembered(file, paths)
-    if choice is not None:
-        model = make(choice.path)
-        model.pin(choice.pinned)
-        return choice, model
+    if choice is None:
+        choice = _tried(paths, make)
+        with contextlib.suppress(OSError):  # it is tried again next time
+            directory.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(choice._asdict()))
+    model = make(choice.path)
+    model.pin(choice.pinned)
+    return choice, model
+
+
+def _tried(paths: Sequence[str], make: Callable[[str], NativeModel]) -> KernelChoice:
     times: dict[KernelChoice, float] = {}
     failure: KernelError | None = None
     for path in paths:
@@ -87,13 +94,7 @@ def choose_kernels(
         model.close()
     if failure is not None and not times:
         raise failure
-    choice = min(times, key=lambda each: times[each])
-    with contextlib.suppress(OSError):  # it is tried again next time
-        directory.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(choice._asdict()))
-    model = make(choice.path)
-    model.pin(choice.pinned)
-    return choice, model
+    return min(times, key=lambda each: times[each])
 
 
 def _remembered(file: Path, paths: Sequence[str]) -> KernelChoice | None:

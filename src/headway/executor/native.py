@@ -27,14 +27,14 @@ from headway.executor.execution import Execution
 from headway.executor.kernel_choice import KernelChoice, choose_kernels
 from headway.executor.memory import available_memory
 from headway.executor.native_model import BLOCK_SIZE, NativeModel
-from headway.executor.precision import PRECISIONS, Precision
+from headway.executor.precision import Precision, check_precision
 from headway.executor.readout import Readout
 from headway.executor.swap import BlockStore
 from headway.kernels.library import Cache, open_library
 from headway.kernels.loader import available_paths, load
 from headway.kernels.paths import read_processor
-from headway.models.conversion import Progress, load_packed
 from headway.models.gguf import ModelConfig
+from headway.models.packed_model import Progress, load_packed
 from headway.models.registry import default_home
 
 __all__ = ["NativeExecutor"]
@@ -94,8 +94,7 @@ class NativeExecutor:
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}, must be at least {least}")
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision is {precision!r}, must be {' or '.join(PRECISIONS)}")
+        check_precision(precision)
         home = home or default_home()
         report = progress or _ignore
         paths = available_paths()

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from headway.core.errors import ConfigError, InternalError
 from headway.executor.precision import PRECISIONS, Precision
 from headway.kernels.library import Cache, Layer, Matrix, Shape, Step, Weights
-from headway.models.conversion import PackedModel
 from headway.models.gguf import ModelConfig
+from headway.models.packed_model import PackedModel
 
 __all__ = ["BLOCK_SIZE", "NativeModel"]
 
@@ -50,8 +50,9 @@ class NativeModel:
         self.max_model_len = max_model_len
         self.max_tokens = max_tokens
         self._library = library
-        #: Everything that the kernels have addresses of.
-        self._kept: list[Any] = [packed]
+        self._packed = packed
+        #: The vectors that the kernels have addresses of.
+        self._vectors: list[npt.NDArray[Any]] = []
         self._shape = Shape(
             config.num_layers,
             config.hidden_size,
@@ -66,7 +67,7 @@ class NativeModel:
             num_threads,
             max_tokens,
         )
-        weights = self._weights(packed, max_model_len)
+        weights = self._weights()
         self._model = library.hw_model_new(ctypes.byref(self._shape), ctypes.byref(weights))
         if not self._model:
             raise ConfigError(
@@ -74,15 +75,11 @@ class NativeModel:
                 "tokens: there is no memory, or no room for so many threads"
             )
 
-    def _weights(self, packed: PackedModel, max_model_len: int) -> Weights:
-        arrays = packed.arrays
+    def _weights(self) -> Weights:
+        arrays = self._packed.arrays
 
         def vector(name: str) -> int | None:
             return self._address(arrays[name]) if name in arrays else None
-
-        def matrix(name: str) -> Matrix:
-            found = packed.matrices[name]
-            return Matrix(found.data.ctypes.data, found.outputs, found.inputs, found.format)
 
         layers = (Layer * self.config.num_layers)()
         for index in range(self.config.num_layers):
@@ -90,21 +87,25 @@ class NativeModel:
             matrices = ("qkv", "attn_output", "gate_up", "down")
             layers[index] = Layer(
                 *(vector(f"{index}.{name}") for name in vectors),
-                *(matrix(f"{index}.{name}") for name in matrices),
+                *(self._matrix(f"{index}.{name}") for name in matrices),
             )
-        angles = np.outer(np.arange(max_model_len), arrays["rope_frequencies"])
-        embedding = matrix("embedding")
+        angles = np.outer(np.arange(self.max_model_len), arrays["rope_frequencies"])
+        embedding = self._matrix("embedding")
         return Weights(
             layers,
             embedding,
-            matrix("lm_head") if "lm_head" in packed.matrices else embedding,
+            self._matrix("lm_head") if "lm_head" in self._packed.matrices else embedding,
             vector("output_norm"),
             self._address(np.cos(angles).astype(np.float32)),
             self._address(np.sin(angles).astype(np.float32)),
         )
 
+    def _matrix(self, name: str) -> Matrix:
+        found = self._packed.matrices[name]
+        return Matrix(found.data.ctypes.data, found.outputs, found.inputs, found.format)
+
     def _address(self, values: npt.NDArray[Any]) -> int:
-        self._kept.append(values)
+        self._vectors.append(values)
         return values.ctypes.data
 
     @property
@@ -120,7 +121,7 @@ class NativeModel:
     @property
     def scratch_bytes(self) -> int:
         """Bytes beside weights and pool, once steps of ``max_tokens`` have run."""
-        tables = sum(values.nbytes for values in self._kept if isinstance(values, np.ndarray))
+        tables = sum(values.nbytes for values in self._vectors)
         return int(self._library.hw_scratch_bytes(ctypes.byref(self._shape))) + tables
 
     def pin(self, pinned: bool) -> None:
@@ -152,11 +153,9 @@ class NativeModel:
 
     def matmul(self, name: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """``x · matrixᵀ`` for the matrix called ``name``, as a step computes it."""
-        packed: PackedModel = self._kept[0]
-        found = packed.matrices[name]
-        matrix = Matrix(found.data.ctypes.data, found.outputs, found.inputs, found.format)
+        matrix = self._matrix(name)
         values = np.ascontiguousarray(x, np.float32)
-        result = np.empty((len(values), found.outputs), np.float32)
+        result = np.empty((len(values), matrix.outputs), np.float32)
         self._library.hw_matmul(
             self._model,
             ctypes.byref(matrix),
@@ -171,4 +170,5 @@ class NativeModel:
         if self._model:
             self._library.hw_model_free(self._model)
             self._model = None
-            self._kept.clear()
+            self._vectors.clear()
+            del self._packed

@@ -11,8 +11,20 @@ from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
-__all__ = ["PRECISIONS", "Precision"]
+from headway.core.errors import ConfigError
+
+__all__ = ["PRECISIONS", "Precision", "check_precision"]
 
 Precision = Literal["int8", "bf16"]
 #: In the order of the kernels' numbers for them.
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
+
+
+def check_precision(precision: str) -> None:
+    """Refuse what is no precision.
+
+    Raises:
+        ConfigError: it is none of ``PRECISIONS``.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}, must be {' or '.join(PRECISIONS)}")

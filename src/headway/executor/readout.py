@@ -2,8 +2,8 @@
 
 A row whose logits are no numbers, or whose choice fails in any other way, gets an error, and the
 others their tokens. What is not seen: a NaN beside finite logits, where the choice is greedy and
-nothing else is asked of the row; the graph's choice passes over it. A NaN in the activations, which
-is what a fault of the model leads to, makes all logits of its row NaN, and is seen.
+nothing else is asked of the row; the kernels' choice passes over it. A NaN in the activations,
+which is what a fault of the model leads to, makes all logits of its row NaN, and is seen.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Readout:
 
 
 class _Lines:
-    """The graph's outputs, line by line; see ``StepBatch``."""
+    """The outputs of a step, line by line; see ``StepBatch``."""
 
     def __init__(self, batch: StepBatch, result: StepResult) -> None:
         self.tokens: list[int] = result.tokens.tolist()

@@ -15,7 +15,7 @@ enum { HW_VERSION = 1 };
 
 enum hw_format {
   HW_INT4 = 4,  // groups of 32 along the input: 0 … 15, a float16 scale and a float16 minimum
-  HW_INT8 = 8,  // groups of 32 along the input: −127 … 127, stored + 128, and a float16 scale
+  HW_INT8 = 8,  // groups of 32 along the input: −128 … 127, stored + 128, and a float16 scale
 };
 
 enum hw_precision {

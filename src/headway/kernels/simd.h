@@ -14,6 +14,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "headway.h"
+
 #define HW_INLINE inline __attribute__((always_inline))
 #define HW_UNROLL _Pragma("GCC unroll 16")
 
@@ -27,7 +29,7 @@ using i8 = int8_t;
 // Tokens in a KV block, inputs in a group of weights, outputs in a panel.
 constexpr int BLOCK = 32, GROUP = 32, PANEL = 32;
 // Of the packed formats: bytes of a group of a panel, and where in it the scales are.
-constexpr int INT4 = 4, INT8 = 8;
+constexpr int INT4 = HW_INT4, INT8 = HW_INT8;
 constexpr int group_bytes(int format) { return format == INT4 ? 640 : 1088; }
 constexpr int scales_at(int format) { return format == INT4 ? 512 : 1024; }
 

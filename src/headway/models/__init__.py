@@ -1,1 +1,1 @@
-"""Models: names, files, and the decoder graph."""
+"""Models: names, files, and their weights as the kernels read them."""

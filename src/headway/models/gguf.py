@@ -6,7 +6,7 @@ float32 ``[out, in]`` arrays in the half-split RoPE form whatever the file's own
 the rows of blocks that the file has, for those who keep its own quantisation.
 
 Everything a file can get wrong is refused here, with one line that names the file, the value and
-the limit, so that the graph can take shapes for granted.
+the limit, so that others can take shapes for granted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["ARCHITECTURES", "GGUFWeights", "ModelConfig", "RawMatrix", "read_con
 
 FloatArray = npt.NDArray[np.float32]
 
-#: Architectures that the decoder graph implements, by the name that GGUF files give them.
+#: Architectures that the kernels compute, by the name that GGUF files give them.
 ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
 
 #: Those whose query and key rows are stored for interleaved RoPE.
@@ -40,7 +40,7 @@ _MAX_LAYERS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The numbers that shape the decoder graph.
+    """The numbers that shape a decoder.
 
     Attributes:
         architecture: one of ``ARCHITECTURES``.
@@ -83,12 +83,17 @@ class ModelConfig:
         """Width of a token's keys, and of its values."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def qkv_sizes(self) -> tuple[tuple[str, int], ...]:
+        """The names of queries, keys and values in a file, and their widths, in this order."""
+        return ("q", self.q_size), ("k", self.kv_size), ("v", self.kv_size)
+
 
 def read_config(metadata: GGUFMetadata) -> ModelConfig:
     """The configuration that a header describes.
 
     Raises:
-        UnsupportedModel: an architecture, RoPE scaling or head size that the graph has not.
+        UnsupportedModel: an architecture, RoPE scaling or head size that the kernels have not.
         DamagedModel: a number is missing, of the wrong type, or impossible.
     """
     return _ConfigReader(metadata).read()
@@ -171,7 +176,7 @@ class _ConfigReader:
         key = f"{self._arch}.{key}"
         value = self._metadata.values.get(key)
         if isinstance(value, list):
-            # One number a layer: the graph is the same in all of them.
+            # One number a layer: the kernels compute all of them alike.
             if len(set(map(str, value))) != 1:
                 raise UnsupportedModel(f"{self._path}: {key!r} differs from layer to layer")
             value = value[0]
@@ -207,7 +212,7 @@ class RawMatrix(NamedTuple):
 
 
 class GGUFWeights:
-    """The weights of one file, dequantised tensor by tensor as they are asked for.
+    """The weights of one file, tensor by tensor as they are asked for.
 
     The file stays mapped until the object is dropped; nothing is kept in memory beside it.
 
@@ -227,14 +232,6 @@ class GGUFWeights:
             np.memmap(self.path, dtype=np.uint8, mode="r")
         )
 
-    def embedding(self) -> FloatArray:
-        """``[vocab_size, hidden_size]``."""
-        return self._tensor("token_embd.weight", (self.config.vocab_size, self.config.hidden_size))
-
-    def lm_head(self) -> FloatArray:
-        """``[vocab_size, hidden_size]``; only where the embeddings are not tied."""
-        return self._tensor("output.weight", (self.config.vocab_size, self.config.hidden_size))
-
     def output_norm(self) -> FloatArray:
         """``[hidden_size]``."""
         return self._tensor("output_norm.weight", (self.config.hidden_size,))
@@ -247,44 +244,13 @@ class GGUFWeights:
         """``[head_dim]``; ``name`` is ``attn_q_norm`` or ``attn_k_norm``."""
         return self._tensor(f"blk.{layer}.{name}.weight", (self.config.head_dim,))
 
-    def qkv(self, layer: int) -> FloatArray:
-        """Queries, keys and values in one matrix: ``[q_size + 2·kv_size, hidden_size]``."""
-        config = self.config
-        return np.concatenate(
-            [
-                self._half_split(
-                    self._tensor(f"blk.{layer}.attn_{name}.weight", (size, config.hidden_size)),
-                    name,
-                )
-                for name, size in self._qkv_sizes()
-            ]
-        )
-
     def qkv_bias(self, layer: int) -> FloatArray:
         """``[q_size + 2·kv_size]``."""
-        return np.concatenate(
-            [
-                self._half_split(self._tensor(f"blk.{layer}.attn_{name}.bias", (size,)), name)
-                for name, size in self._qkv_sizes()
-            ]
-        )
-
-    def attention_output(self, layer: int) -> FloatArray:
-        """``[hidden_size, q_size]``."""
-        shape = (self.config.hidden_size, self.config.q_size)
-        return self._tensor(f"blk.{layer}.attn_output.weight", shape)
-
-    def gate_up(self, layer: int) -> FloatArray:
-        """Gate and up projections in one matrix: ``[2·intermediate_size, hidden_size]``."""
-        shape = (self.config.intermediate_size, self.config.hidden_size)
-        return np.concatenate(
-            [self._tensor(f"blk.{layer}.ffn_{name}.weight", shape) for name in ("gate", "up")]
-        )
-
-    def down(self, layer: int) -> FloatArray:
-        """``[hidden_size, intermediate_size]``."""
-        shape = (self.config.hidden_size, self.config.intermediate_size)
-        return self._tensor(f"blk.{layer}.ffn_down.weight", shape)
+        parts = [
+            self._tensor(f"blk.{layer}.attn_{name}.bias", (size,))
+            for name, size in self.config.qkv_sizes
+        ]
+        return np.concatenate(parts)[self.qkv_order()]
 
     def rope_frequencies(self) -> npt.NDArray[np.float64]:
         """``[head_dim / 2]``: radians by which a position turns each pair of dimensions."""
@@ -320,22 +286,18 @@ class GGUFWeights:
         values = self._dequantize(matrix.name, matrix.ggml_type, matrix.data.reshape(-1))
         return self._checked(matrix.name, values.reshape(rows, matrix.inputs))
 
-    def half_split_order(self, rows: int) -> npt.NDArray[np.intp]:
-        """``[rows]``: the file's row for each row of queries or keys in half-split order.
+    def qkv_order(self) -> npt.NDArray[np.intp]:
+        """``[q_size + 2·kv_size]``: the file's row for each row of queries, keys and values.
 
-        In the file's order for interleaved RoPE, pair i of a head is rows 2i and 2i + 1; here it is
-        rows i and i + head_dim/2.
+        In the file's order for interleaved RoPE, pair i of a query's or key's head is rows 2i and
+        2i + 1; here it is rows i and i + head_dim/2.
         """
-        order = np.arange(rows)
-        if self.config.architecture in _INTERLEAVED_ROPE:
-            order = order.reshape(-1, self.config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+        config = self.config
+        order = np.arange(config.q_size + 2 * config.kv_size)
+        if config.architecture in _INTERLEAVED_ROPE:
+            turned = order[: config.q_size + config.kv_size]
+            turned[:] = turned.reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
         return order
-
-    def _qkv_sizes(self) -> tuple[tuple[str, int], ...]:
-        return ("q", self.config.q_size), ("k", self.config.kv_size), ("v", self.config.kv_size)
-
-    def _half_split(self, rows: FloatArray, name: str) -> FloatArray:
-        return rows if name == "v" else rows[self.half_split_order(len(rows))]
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> FloatArray:
         info = self._info(name, shape)
