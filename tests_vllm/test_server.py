@@ -21,13 +21,16 @@ from server import Server, fail_to_start, serve
 pytestmark = pytest.mark.anyio
 
 NUM_SLOTS = 4
-#: A background stream's answer: many steps longer than an urgent request needs.
-NUM_TOKENS = 48
+#: A background stream's answer: many steps longer than an urgent request needs, for the server goes
+#: on while a busy machine lets the client wait.
+NUM_TOKENS = 96
+#: The answer of a stream that is not to end by itself.
+ENDLESS = 960
 #: What an urgent request says; background streams say 10.
 URGENT = {"priority": 0}
 
 FLAGS = (
-    *("--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "256"),
+    *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "256"),
     *("--max-num-seqs", str(NUM_SLOTS), "--block-size", "32", "--num-gpu-blocks-override", "32"),
 )
 ASYNC = ("--scheduler-cls", "headway.vllm.HeadwayScheduler")
@@ -107,10 +110,11 @@ async def test_blocks_are_taken_and_what_was_lost_is_recomputed(
 ) -> None:
     # Three of nine or ten blocks each leave a slot, and at most four of the seven blocks needed.
     prompts = [story(number, 26) for number in range(NUM_SLOTS - 1)]
-    answers = [await client.alone(prompt, NUM_TOKENS) for prompt in prompts]
+    num_tokens = 48
+    answers = [await client.alone(prompt, num_tokens) for prompt in prompts]
     num_preemptions = server.metric("num_preemptions_total")
 
-    async with client.background(prompts, NUM_TOKENS, num_begun=len(prompts)) as background:
+    async with client.background(prompts, num_tokens, num_begun=len(prompts)) as background:
         await assert_overtakes(Stream(client, story(100, 19), 8, **URGENT), background)
 
     assert [stream.token_ids for stream in background] == answers
@@ -140,9 +144,9 @@ async def test_a_request_brings_its_deadline(client: Client) -> None:
 @with_priority
 async def test_clients_that_hang_up_leave_nothing_behind(client: Client, server: Server) -> None:
     answer = await client.alone(story(0), NUM_TOKENS)
-    lost = [Stream(client, story(i), 400, priority=10) for i in range(1, NUM_SLOTS + 3)]
+    lost = [Stream(client, story(i), ENDLESS, priority=10) for i in range(1, NUM_SLOTS + 3)]
     await begun(lost, NUM_SLOTS)
-    urgent = [Stream(client, story(100 + i), 400, **URGENT) for i in range(NUM_SLOTS)]
+    urgent = [Stream(client, story(100 + i), ENDLESS, **URGENT) for i in range(NUM_SLOTS)]
     await begun(urgent, NUM_SLOTS)
 
     # Four of them are paused, and the others have not begun.

@@ -189,7 +189,7 @@ def test_a_stream_that_is_not_read_is_ended_while_it_is_made(
     serve: Serve, make_engine: MakeEngine
 ) -> None:
     engine = make_engine(num_blocks=20_000)
-    server = serve(engine, send_buffer=4096, send_timeout=2.0)
+    server = serve(engine, send_buffer=4096, send_timeout=5.0)
 
     def hold_in_the_middle(_: Any, outputs: Sequence[EngineOutput]) -> None:
         if any(output.request_id.endswith("-3") for output in outputs):
