@@ -32,19 +32,18 @@ from headway.models.packing import INT4, INT8, pack_int4, pack_int8
 
 AnyArray = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float32]
 Address = int | None
 
 BLOCK: Final = 32
 INT32: Final = np.iinfo(np.int32)
 
-#: Of every model. They are no multiples of anything, and the tokens are more than are normalised
-#: one by one.
+#: Limits of every model, none of which ends a tile or a block. So many tokens are more than the 64
+#: rows that are normalised one by one.
 MAX_TOKENS: Final = 71
 MAX_MODEL_LEN: Final = 75
 NUM_BLOCKS: Final = 25
 #: Things that are done with each model.
-NUM_ACTIONS: Final = 120
+NUM_ACTIONS: Final = 150
 #: A count of this size or less is believed, and the array made as long as it says.
 MOST: Final = 1000
 
@@ -133,8 +132,8 @@ class Model:
         sizes: of the model.
         precision: ``hw_precision``.
         num_threads: that compute.
-        rng: chooses the weights, their formats, and which of the vectors and matrices that not all
-            models have are there; None has all of them.
+        rng: chooses the weights, their formats, and which it has of those that not all models have.
+            None: it has all of them, and its weights are always the same.
         memory: where weights and pool are put.
         max_model_len: positions to have cosines and sines for.
         num_blocks: of the pool.
@@ -412,7 +411,7 @@ def _with_other_entries(draft: Draft, model: Model, rng: np.random.Generator) ->
                 *(INT32.min, -1, 0, 1, INT32.max),
                 *(old - BLOCK, old - 1, old + 1, old + BLOCK),
                 *(bound - 1, bound, bound + 1),
-                values[rng.integers(len(values))],
+                *(values[place - 1], values[rng.integers(len(values))]),
                 rng.integers(INT32.min, INT32.max),
             ]
         )
@@ -511,11 +510,11 @@ def run_steps(model: Model, outcomes: Counter[str]) -> None:
             run_product(model, memory, int(rng.integers(1, 14)))
             memory.free()
             outcomes["products"] += 1
-        elif kind < 0.3:
+        elif kind < 0.2:
             is_short = len(suspended) < 3 and rng.random() < 0.7
             last = int(rng.integers(1, model.num_stages)) if is_short else model.num_stages
             go_on(PlacedStep(model, draft, Memory()), 0, last)
-        elif kind < 0.4 and suspended:
+        elif kind < 0.28 and suspended:
             step, stage = suspended.pop(rng.integers(len(suspended)))
             go_on(step, stage, int(rng.integers(stage, model.num_stages)) + 1)
         else:
