@@ -10,6 +10,7 @@ from ctypes.util import find_library
 from pathlib import Path
 from typing import NamedTuple
 
+import machine
 from vllm_plugin_server import VLLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -87,8 +88,14 @@ def _vllm_variables() -> Mapping[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": _vllm_cores(),
+        "VLLM_DTYPE": _vllm_dtype(),  # for run_vllm.py
         "LD_PRELOAD": ":".join(_vllm_preload()),
     }
+
+
+def _vllm_dtype() -> str:
+    """Without AVX-512 its bfloat16 is an emulation, many times slower than float32."""
+    return "bfloat16" if "avx512f" in machine.describe()["isa"] else "float32"
 
 
 def _vllm_cores() -> str:
@@ -105,7 +112,8 @@ def _vllm_preload() -> list[str]:
 
 def _serve_vllm(model: Path, slots: int) -> str:
     vllm = VLLM(_VLLM / "bin" / "python", model, eager=False)
-    return f"env VLLM_CPU_OMP_THREADS_BIND={_vllm_cores()} {vllm.serve(slots, headway=None)}"
+    command = vllm.serve(slots, "--dtype", _vllm_dtype(), headway=None)
+    return f"env VLLM_CPU_OMP_THREADS_BIND={_vllm_cores()} {command}"
 
 
 # --- llama.cpp ------------------------------------------------------------------------------------

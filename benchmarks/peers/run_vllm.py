@@ -19,7 +19,7 @@ class VLLM:
     def __init__(self, model: Path) -> None:
         llm = vllm.LLM(
             model=str(model),
-            dtype="bfloat16",
+            dtype=os.environ["VLLM_DTYPE"],
             max_model_len=1024,
             max_num_seqs=max(workload.BATCHES),
             enable_prefix_caching=False,
@@ -31,7 +31,7 @@ class VLLM:
         return {
             "version": vllm.__version__,
             "torch": torch.__version__,
-            "dtype": "bfloat16",
+            "dtype": os.environ["VLLM_DTYPE"],
             "preload": [Path(name).name for name in os.environ.get("LD_PRELOAD", "").split(":")],
         }
 
