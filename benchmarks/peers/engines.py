@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import machine
+from clients_tokenizer import write_tokenizer
 from vllm_plugin_server import VLLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -138,7 +139,10 @@ def _serve_llama_cpp(model: Path, slots: int) -> str:
 def _serve_openvino_genai(model: Path, slots: int) -> str:
     python = _OPENVINO_GENAI / "bin" / "python"
     script = _HERE / "serve_openvino_genai.py"
-    arguments = [str(python), str(script), str(model), "--slots", str(slots)]
+    tokenizer = model.with_suffix(".tokenizer")
+    if not tokenizer.exists():
+        write_tokenizer(model, tokenizer)
+    arguments = [str(python), str(script), str(model), str(tokenizer), "--slots", str(slots)]
     return shlex.join(arguments) + " --port {port}"
 
 

@@ -113,9 +113,9 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
     await response.write(f"data: {json.dumps(event)}\n\n".encode())
 
 
-async def serve(model: Path, slots: int, port: int) -> None:
+async def serve(model: Path, tokenizer: Path, slots: int, port: int) -> None:
     steps = Steps(make_pipeline(model, slots), asyncio.get_running_loop())
-    handlers = Handlers(steps, Tokenizer.from_file(str(model / "tokenizer.json")), model.name)
+    handlers = Handlers(steps, Tokenizer.from_file(str(tokenizer / "tokenizer.json")), model.name)
     app = web.Application()
     app.router.add_get("/health", handlers.health)
     app.router.add_get("/v1/models", handlers.models)
@@ -130,7 +130,8 @@ async def serve(model: Path, slots: int, port: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
+    parser.add_argument("tokenizer", type=Path, help="directory of tokenizer.json")
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--port", type=int, required=True)
     arguments = parser.parse_args()
-    asyncio.run(serve(arguments.model, arguments.slots, arguments.port))
+    asyncio.run(serve(arguments.model, arguments.tokenizer, arguments.slots, arguments.port))
