@@ -25,12 +25,12 @@ NUM_SLOTS = 4
 #: on while a busy machine lets the client wait.
 NUM_TOKENS = 96
 #: The answer of a stream that is not to end by itself.
-ENDLESS = 960
+ENDLESS = 900
 #: What an urgent request says; background streams say 10.
 URGENT = {"priority": 0}
 
 FLAGS = (
-    *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "256"),
+    *("--dtype", "float32", "--max-model-len", "960", "--max-num-batched-tokens", "256"),
     *("--max-num-seqs", str(NUM_SLOTS), "--block-size", "32", "--num-gpu-blocks-override", "32"),
 )
 ASYNC = ("--scheduler-cls", "headway.vllm.HeadwayScheduler")
